@@ -1,0 +1,1 @@
+"""Measurements on validation data: what the embedding, the matches and the registrations are worth, and calibration."""

@@ -1,0 +1,279 @@
+"""`uae bench embedding`: matches and registrations of simulated MR scans against the CTs they were made from."""
+
+from __future__ import annotations
+
+import json
+import logging
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from uae.bench.data import VALIDATION_CTS, find_data
+from uae.bench.metrics import plain, point_errors, summarise, transform_tre
+from uae.embedding import Embedding, embed
+from uae.errors import InputError
+from uae.files import atomic_path
+from uae.matching import Match, match_points, nearest
+from uae.preprocess import body_mask
+from uae.progress import Cancel, Progress, check_cancel, report
+from uae.registration.adareg import REFUSED, estimate
+from uae.registration.masks import body_volume
+from uae.registration.refine import refine_rigid
+from uae.simulate import SETS, SimulatedPair, simulate_mr
+from uae.transform import Transform
+from uae.volume import Volume
+
+if TYPE_CHECKING:
+    from uae.models import Model
+
+logger = logging.getLogger(__name__)
+
+CASES_PER_CT = 20
+QUICK_CASES = 4
+NEAREST_POINTS = 500
+FIXED_POINTS = 60
+"""Points a case for fixed-point and guided matching, which cost a hundred searches each; the nearest neighbour is also
+given on the same points, so that the three compare."""
+
+ANY_MATCH = {"score": -2.0}
+"""Limits that every match passes: what is then not confident failed for a reason no limit can repair."""
+
+
+@dataclass(frozen=True)
+class BenchOptions:
+    """How much is measured: points a case, device, refinement on or off."""
+
+    nearest_points: int = NEAREST_POINTS
+    fixed_points: int = FIXED_POINTS
+    device: str = "auto"
+    refine: bool = True
+
+
+def case_seed(subject: str, index: int) -> int:
+    """Seed of a case: fixed, and different for every subject."""
+    return 1000 * (VALIDATION_CTS.index(subject) + 1) + index
+
+
+def match_record(match: Match, method: str, truth: np.ndarray | None) -> dict[str, Any]:
+    """What summary and calibration need of one match.
+
+    Args:
+        match: found with ANY_MATCH as limits.
+        method: the method that was asked for, whose limits apply.
+        truth: (3,) mm true place, None where there is none (pairs without overlap): the error is then None.
+    """
+    error = None if truth is None else float(np.linalg.norm(match.point_mm - truth))
+    record = {
+        "error_mm": error, "score": match.score, "margin": match.margin, "cycle_mm": match.cycle_mm,
+        "fixed_points": match.fixed_points, "residual_mm": match.residual_mm,
+    }
+    rounded = {key: value if value is None else round(float(value), 4) for key, value in record.items()}
+    return rounded | {"eligible": match.confident, "method": method}
+
+
+def match_records(
+    template: Embedding, query: Embedding, points: np.ndarray, truth: np.ndarray | None, method: str,
+    prior: Transform | None = None, verdict: str | None = None, pair_score: float | None = None,
+    cancel: Cancel | None = None,
+) -> list[dict[str, Any]]:
+    """Match points (N, 3) mm and record them with their errors against truth (N, 3) mm (or None)."""
+    limits = ANY_MATCH if pair_score is None else {**ANY_MATCH, "pair_score": pair_score}
+    found = match_points(
+        template, query, points, method=method, prior=prior, prior_verdict=verdict, limits=limits, cancel=cancel
+    )
+    places = [None] * len(found) if truth is None else truth
+    return [match_record(match, method, place) for match, place in zip(found, places, strict=True)]
+
+
+def pair_score_of(model: Model, method: str) -> float | None:
+    """The model's smallest similarity of a pair of fixed points for a method, None where it has none."""
+    from uae.matching import limits_for
+
+    return limits_for(model.thresholds.get("match"), method).get("pair_score")
+
+
+def run_case(
+    pair: SimulatedPair, fixed: Embedding, model: Model, options: BenchOptions, cancel: Cancel | None = None
+) -> dict[str, Any]:
+    """Measure one simulated pair.
+
+    Args:
+        pair: the simulated scan and its truth.
+        fixed: embedding of the CT.
+        model: the weights; its registration limits give the verdict that guides the matching.
+        options: how much is measured.
+        cancel: asked between the steps.
+
+    Returns:
+        A plain record, see `uae.bench.metrics.summarise`.
+    """
+    seconds: dict[str, float] = {}
+    clock = time.perf_counter()
+
+    def lap(name: str) -> None:
+        nonlocal clock
+        now = time.perf_counter()
+        seconds[name], clock = round(now - clock, 2), now
+        check_cancel(cancel)
+
+    moving = embed(pair.moving, model, device=options.device, cache=False, cancel=cancel)
+    lap("embed")
+    inside = np.flatnonzero(pair.fixed.geometry.contains(pair.fixed_body_points))
+    rng = np.random.default_rng([pair.meta["seed"], 1])
+    chosen = rng.choice(inside, min(options.nearest_points, len(inside)), replace=False)
+    points, truth = pair.moving_body_points[chosen], pair.fixed_body_points[chosen]
+    places, _ = nearest(moving, fixed, points)
+    errors = np.linalg.norm(places - truth, axis=1)
+    lap("nearest")
+
+    found = estimate(fixed, moving, limits=model.thresholds.get("registration"), cancel=cancel)
+    tre = transform_tre(found.transform, pair.moving_body_points, pair.fixed_body_points)
+    lap("register")
+    refined = {"tre_mm": tre, "used": False, "failed": found.transform is None, "moved_mm": None, "moved_deg": None}
+    if options.refine and found.transform is not None:
+        bodies = body_volume(fixed), body_volume(moving)
+        result = refine_rigid(pair.fixed, pair.moving, found.transform, *bodies, cancel=cancel)
+        refined = {
+            "tre_mm": transform_tre(result.transform, pair.moving_body_points, pair.fixed_body_points),
+            "used": result.used, "failed": result.failed, "moved_mm": result.moved_mm, "moved_deg": result.moved_deg,
+        }
+    lap("refine")
+
+    few, few_truth = points[: options.fixed_points], truth[: options.fixed_points]
+    free_score = pair_score_of(model, "fixed-point")
+    free = match_records(moving, fixed, few, few_truth, "fixed-point", pair_score=free_score, cancel=cancel)
+    lap("fixed_point")
+    guided = free
+    if found.transform is not None and found.verdict != REFUSED:
+        # As the product does: the prior of this pair where it was not refused, the free search where it was.
+        guided = match_records(
+            moving, fixed, few, few_truth, "guided", found.transform.inverse(), found.verdict,
+            pair_score_of(model, "guided"), cancel,
+        )
+    lap("guided")
+    return plain({
+        **pair.meta, "floor_mm": pair.rigid_floor_mm, "nearest": point_errors(errors),
+        "nearest_same_points": [{"error_mm": round(float(error), 3)} for error in errors[: options.fixed_points]],
+        "fixed_point": free, "guided": guided,
+        "registration": {
+            "verdict": found.verdict, "reason": found.reason, "tre_mm": tre, "queried": found.queried,
+            "mutual": found.mutual, "inliers": found.inliers, "features": found.features,
+        },
+        "refined": refined, "seconds": seconds,
+    })
+
+
+def write_json(path: str | Path, content: Mapping[str, Any]) -> None:
+    """Write a JSON file that appears whole or not at all."""
+    with atomic_path(path) as temporary:
+        temporary.write_text(json.dumps(content, indent=1, allow_nan=False), encoding="utf-8")
+
+
+def report_of(
+    cases: Sequence[Mapping[str, Any]], meta: Mapping[str, Any], thresholds: Mapping[str, Any] | None
+) -> dict[str, Any]:
+    """The benchmark's JSON: figures under each set's name, `meta`, and all `cases`."""
+    result: dict[str, Any] = {}
+    for name in SETS:
+        own = [case for case in cases if case["set"] == name]
+        if own:
+            result[name] = summarise(own, thresholds)
+    return {**result, "meta": dict(meta), "cases": list(cases)}
+
+
+def _earlier_cases(path: Path | None, meta: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """Cases that an interrupted run of the same model and options has left in the file."""
+    if path is None or not path.is_file():
+        return []
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise InputError(f"{path}: not a JSON file ({error}); choose another --json") from error
+    same = content.get("meta", {})
+    if any(same.get(key) != meta[key] for key in ("model_sha256", "options", "thresholds")):
+        logger.info("%s comes from another model or other options and is measured again", path)
+        return []
+    return list(content.get("cases", []))
+
+
+def run_embedding_bench(
+    model: Model,
+    data_dir: str | Path | None = None,
+    quick: bool = False,
+    sets: Sequence[str] = tuple(SETS),
+    cases_per_ct: int = CASES_PER_CT,
+    json_path: str | Path | None = None,
+    options: BenchOptions | None = None,
+    subjects: Sequence[str] = VALIDATION_CTS,
+    progress: Progress | None = None,
+    cancel: Cancel | None = None,
+) -> dict[str, Any]:
+    """Measure a model on simulated MR scans of the validation CTs.
+
+    Args:
+        model: the weights with their thresholds.
+        data_dir: folder of the real volumes; UAE_DATA or the default where None.
+        quick: four cases a CT and set, and a third of the points for fixed-point matching.
+        sets: names of `uae.simulate.SETS`.
+        cases_per_ct: cases of every set for every CT.
+        json_path: written after every case; a run of the same model and options continues there.
+        options: points a case, device, refinement.
+        subjects: validation CTs.
+        progress: told the share of cases done, stage "bench".
+        cancel: asked between and within cases.
+
+    Returns:
+        By set the figures of `uae.bench.metrics.summarise`; `meta`; `cases`.
+
+    Raises:
+        InputError: no data, unknown set, a result file that cannot be used.
+        CancelledError: the user stopped; finished cases stay in the file.
+    """
+    unknown = [name for name in sets if name not in SETS]
+    if unknown:
+        raise InputError(f"unknown set '{unknown[0]}'; choose from {', '.join(SETS)}")
+    data = find_data(data_dir)
+    options = options or BenchOptions(fixed_points=FIXED_POINTS // 3 if quick else FIXED_POINTS)
+    per_ct = min(cases_per_ct, QUICK_CASES) if quick else cases_per_ct
+    meta = plain({
+        "model": model.name, "model_version": model.version, "model_sha256": model.sha256, "subjects": list(subjects),
+        "cases_per_ct": per_ct, "options": vars(options), "thresholds": model.thresholds,
+    })
+    path = None if json_path is None else Path(json_path)
+    cases = _earlier_cases(path, meta)
+    done = {(case["set"], case["ct"], case["seed"]) for case in cases}
+    wanted = [
+        (subject, name, case_seed(subject, index)) for subject in subjects for name in sets for index in range(per_ct)
+    ]
+    loaded: tuple[str, Volume, np.ndarray, Embedding] | None = None
+    for count, (subject, name, seed) in enumerate(wanted):
+        report(progress, "bench", count / len(wanted))
+        check_cancel(cancel)
+        if (name, subject, seed) in done:
+            continue
+        if loaded is None or loaded[0] != subject:
+            ct = data.ct(subject)
+            loaded = (subject, ct, body_mask(ct), embed(ct, model, device=options.device, cancel=cancel))
+        _, ct, body, fixed = loaded
+        start = time.perf_counter()
+        pair = simulate_mr(ct, seed, name, body)
+        simulated = round(time.perf_counter() - start, 2)
+        case = run_case(pair, fixed, model, options, cancel)
+        case |= {"ct": subject, "seconds": {"simulate": simulated, **case["seconds"]}}
+        cases.append(case)
+        logger.info(
+            "%s %s %d: nearest %.0f %% < 10 mm, TRE %s mm (floor %.1f), %s", name, subject, seed,
+            100 * case["nearest"]["under_10mm"], case["registration"]["tre_mm"], case["floor_mm"],
+            case["registration"]["verdict"],
+        )
+        if path is not None:
+            write_json(path, report_of(cases, meta, model.thresholds))
+    result = report_of(cases, meta, model.thresholds)
+    if path is not None:
+        write_json(path, result)
+    report(progress, "bench", 1.0)
+    return result

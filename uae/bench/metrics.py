@@ -1,0 +1,132 @@
+"""Figures of the benchmarks, computed from plain records so that new thresholds need no new run."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+
+from uae.matching import judge, limits_for
+from uae.registration.adareg import ACCEPTED, REFUSED, REVIEW, verdict_of
+from uae.transform import Transform
+
+MATCH_LIMIT_MM = 10.0
+RIGID_SUCCESS_MM = 5.0
+"""Embedding's rigid before refinement: TRE up to floor + 5 mm counts as success (the standard sets have floor 0)."""
+CONFIDENT_FAILURE_MM = 10.0
+"""An accepted registration farther than floor + 10 mm from the truth is a confident failure."""
+
+
+def transform_tre(transform: Transform | None, moving_points: np.ndarray, fixed_points: np.ndarray) -> float:
+    """Mean distance (mm) between where a registration puts moving points in the fixed scan and where they belong.
+
+    Args:
+        transform: fixed -> moving, or None where there is no estimate (infinitely wrong).
+        moving_points: (N, 3) mm in the moving scan.
+        fixed_points: (N, 3) mm, their true places.
+    """
+    if transform is None:
+        return math.inf
+    return float(np.linalg.norm(transform.inverse().apply(moving_points) - fixed_points, axis=1).mean())
+
+
+def point_errors(errors_mm: np.ndarray) -> dict[str, float]:
+    """median_mm, under_10mm (share), mean_mm, p95_mm of match errors (N,) mm."""
+    errors = np.asarray(errors_mm, dtype=np.float64)
+    return {
+        "median_mm": float(np.median(errors)),
+        "under_10mm": float((errors <= MATCH_LIMIT_MM).mean()),
+        "mean_mm": float(errors.mean()),
+        "p95_mm": float(np.percentile(errors, 95)),
+    }
+
+
+def plain(value: Any) -> Any:
+    """The value with numpy types turned into plain ones and non-finite numbers into None, as JSON needs it."""
+    if isinstance(value, Mapping):
+        return {str(key): plain(item) for key, item in value.items()}
+    if isinstance(value, (list, tuple, np.ndarray)):
+        return [plain(item) for item in value]
+    if isinstance(value, np.bool_):
+        return bool(value)
+    if isinstance(value, np.integer):
+        return int(value)
+    if isinstance(value, (float, np.floating)):
+        return float(value) if math.isfinite(value) else None
+    return value
+
+
+def verdict_of_case(case: Mapping[str, Any], limits: Mapping[str, Any] | None) -> str:
+    """Verdict of a recorded registration under given limits; a runaway refinement makes it review at most."""
+    features = case["registration"]["features"]
+    if not features:
+        return REFUSED
+    figures = {name: math.nan if value is None else value for name, value in features.items()}
+    verdict, _ = verdict_of(figures, limits)
+    if verdict == ACCEPTED and case.get("refined", {}).get("failed"):
+        return REVIEW
+    return verdict
+
+
+def is_confident(match: Mapping[str, Any], limits: Mapping[str, Any] | None) -> bool:
+    """Whether a recorded match is confident under a model's match limits."""
+    return bool(match["eligible"]) and judge(match, limits_for(limits, match["method"]))[0]
+
+
+def _number(value: float | None) -> float:
+    """A recorded figure; None stands for no estimate, which is infinitely wrong."""
+    return math.inf if value is None else float(value)
+
+
+def _mean(values: Iterable[float]) -> float:
+    values = list(values)
+    return float(np.mean(values)) if values else math.nan
+
+
+def summarise(cases: Sequence[Mapping[str, Any]], thresholds: Mapping[str, Any] | None = None) -> dict[str, Any]:
+    """Figures of one set.
+
+    Args:
+        cases: records of `uae.bench.embedding.run_case`.
+        thresholds: a model's {"registration": ..., "match": ...}; verdicts and confidence are judged by them here, so
+            they may differ from those under which the cases ran.
+
+    Returns:
+        The keys of the contract and a few more; point figures by case, then averaged; TREs as medians over cases.
+    """
+    thresholds = thresholds or {}
+    near = [case["nearest"] for case in cases]
+    result: dict[str, Any] = {"cases": len(cases)}
+    for key in ("median_mm", "under_10mm", "mean_mm", "p95_mm"):
+        result[key] = _mean(entry[key] for entry in near)
+    for method in ("fixed_point", "guided", "nearest_same_points"):
+        errors = [[match["error_mm"] for match in case[method]] for case in cases if case[method]]
+        figures = [point_errors(np.array(values)) for values in errors]
+        for key in ("median_mm", "under_10mm", "mean_mm", "p95_mm"):
+            result[f"{method}_{key}"] = _mean(entry[key] for entry in figures)
+
+    floor = np.array([case["floor_mm"] for case in cases])
+    rigid = np.array([_number(case["registration"]["tre_mm"]) for case in cases])
+    refined = np.array([_number(case["refined"]["tre_mm"]) for case in cases])
+    verdicts = np.array([verdict_of_case(case, thresholds.get("registration")) for case in cases])
+    result |= {
+        "floor_median_mm": float(np.median(floor)),
+        "rigid_success": float((rigid <= floor + RIGID_SUCCESS_MM).mean()),
+        "rigid_within_10mm_of_floor": float((rigid <= floor + CONFIDENT_FAILURE_MM).mean()),
+        "rigid_median_tre_mm": float(np.median(rigid)),
+        "refined_median_tre_mm": float(np.median(refined)),
+        "refined_success": float((refined <= floor + RIGID_SUCCESS_MM).mean()),
+        "accepted_rate": float((verdicts == ACCEPTED).mean()),
+        "review_rate": float((verdicts == REVIEW).mean()),
+        "refusal_rate": float((verdicts == REFUSED).mean()),
+        "confident_failure_rate": float(((verdicts == ACCEPTED) & (refined > floor + CONFIDENT_FAILURE_MM)).mean()),
+    }
+    matches = [match for case in cases for match in case["guided"]]
+    sure = [match for match in matches if is_confident(match, thresholds.get("match"))]
+    result["confident_share"] = len(sure) / max(len(matches), 1)
+    over = sum(match["error_mm"] > MATCH_LIMIT_MM for match in sure)
+    result["confident_over_10mm"] = over / len(sure) if sure else 0.0
+    result["seconds_per_case"] = _mean(sum(case["seconds"].values()) for case in cases)
+    return plain(result)

@@ -1,0 +1,152 @@
+"""Pairs that must not be registered: no common anatomy, or other people. They calibrate the refusals."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from uae.bench.data import VALIDATION_CTS, DataFolder, find_data
+from uae.bench.embedding import match_records, pair_score_of, write_json
+from uae.bench.metrics import plain
+from uae.embedding import embed
+from uae.errors import InputError
+from uae.phantom import VALIDATION_SEEDS, make_phantom
+from uae.progress import Cancel, Progress, check_cancel, report
+from uae.registration.adareg import REFUSED, body_points, estimate, spread_sample
+from uae.simulate import simulate_mr
+from uae.volume import Geometry, Volume
+
+if TYPE_CHECKING:
+    from uae.models import Model
+
+logger = logging.getLogger(__name__)
+
+NO_OVERLAP, OTHER_SUBJECT = "no-overlap", "other-subject"
+ABDOMEN, CHEST = VALIDATION_CTS
+VALIDATION_MRS = ("mr_ukatge_abdcor", "mr_ukatphilips04_abdcor", "mr_ukatsiemens02_abdcor", "mr_ukatsiemens04_abdcor")
+SETS_USED = ("standard15", "hard")
+"""The wide rotations of standard30 do not fit into half a CT."""
+SEED_OFFSET = 500
+"""Seeds of the simulated scans differ from those of the benchmark's cases."""
+QUERIES = 30
+
+
+@dataclass(frozen=True)
+class NegativePair:
+    """Two scans that share nothing (NO_OVERLAP: must be refused) or belong to two people (must not be accepted)."""
+
+    name: str
+    kind: str
+    fixed: Volume
+    moving: Volume
+
+
+def along_body(volume: Volume, low: float, high: float) -> Volume:
+    """The part of a scan between two fractions of its height, 0 = caudal end, 1 = cranial end."""
+    axis = int(np.argmax(np.abs(volume.geometry.direction[2])))
+    count = int(volume.geometry.size[axis])
+    if volume.geometry.direction[2, axis] < 0:
+        low, high = 1.0 - high, 1.0 - low
+    first, last = round(low * count), round(high * count)
+    cut = [slice(None)] * 3
+    cut[2 - axis] = slice(first, last)
+    start = np.zeros(3)
+    start[axis] = first
+    array = volume.array[tuple(cut)]
+    grid = volume.geometry
+    origin = grid.index_to_mm(start)[0]
+    return volume.replace(array, Geometry(array.shape, grid.spacing, origin, grid.direction))
+
+
+def negative_pairs(data: DataFolder, per_kind: int = 4) -> Iterator[NegativePair]:
+    """Pairs from the validation subjects and phantoms of validation seeds, one after the other (each holds two scans).
+
+    Args:
+        data: the real volumes.
+        per_kind: simulated scans for every pairing and set, and phantom pairs.
+    """
+    abdomen, chest = data.ct(ABDOMEN), data.ct(CHEST)
+    pelvis, upper = along_body(abdomen, 0.0, 0.45), along_body(abdomen, 0.55, 1.0)
+    yield NegativePair("chest CT / lower half of another person's abdomen CT", NO_OVERLAP, chest, pelvis)
+    yield NegativePair("lower half of an abdomen CT / another person's chest CT", NO_OVERLAP, pelvis, chest)
+    yield NegativePair("upper / lower part of one CT", NO_OVERLAP, upper, pelvis)
+    for set_name in SETS_USED:
+        for index in range(per_kind):
+            seed = SEED_OFFSET + index
+            of_pelvis, of_chest = (simulate_mr(ct, seed, set_name).moving for ct in (pelvis, chest))
+            yield NegativePair(f"chest CT / {set_name} {seed} of the pelvis", NO_OVERLAP, chest, of_pelvis)
+            yield NegativePair(f"pelvis CT / {set_name} {seed} of another chest", NO_OVERLAP, pelvis, of_chest)
+            yield NegativePair(f"upper part of a CT / {set_name} {seed} of its lower", NO_OVERLAP, upper, of_pelvis)
+    for index in range(per_kind):
+        seed = VALIDATION_SEEDS[0] + 2 * index
+        top = make_phantom(seed, mr=False, part="chest").ct
+        bottom = make_phantom(seed + index % 2, ct=False, part="pelvis", mr_slice_mm=4.0).mr
+        yield NegativePair(f"phantom {seed} chest / phantom {seed + index % 2} pelvis", NO_OVERLAP, top, bottom)
+    for name in VALIDATION_MRS:
+        yield NegativePair(
+            f"abdomen CT / {name}", OTHER_SUBJECT, abdomen, data.volume(f"{name}/mr.nii.gz", "mr")
+        )
+
+
+def run_negatives(
+    model: Model,
+    data_dir: str | Path | None = None,
+    per_kind: int = 4,
+    json_path: str | Path | None = None,
+    device: str = "auto",
+    progress: Progress | None = None,
+    cancel: Cancel | None = None,
+) -> list[dict[str, Any]]:
+    """Register and match every negative pair.
+
+    Args:
+        model: the weights.
+        data_dir: folder of the real volumes.
+        per_kind: see `negative_pairs`.
+        json_path: all records, written at the end.
+        device: as in `embed`.
+        progress: told the share of pairs done, stage "negatives".
+        cancel: asked between and within pairs.
+
+    Returns:
+        Records {name, kind, registration: {verdict, features, ...}, matches}; a match's error_mm is None.
+
+    Raises:
+        InputError: no data.
+        CancelledError: the user stopped.
+    """
+    records: list[dict[str, Any]] = []
+    total = 3 + 6 * per_kind + per_kind + len(VALIDATION_MRS)
+    for pair in negative_pairs(find_data(data_dir), per_kind):
+        check_cancel(cancel)
+        report(progress, "negatives", len(records) / total)
+        fixed, moving = (embed(scan, model, device=device, cancel=cancel) for scan in (pair.fixed, pair.moving))
+        try:
+            found = estimate(fixed, moving, limits=model.thresholds.get("registration"), cancel=cancel)
+        except InputError as error:
+            logger.warning("%s: left out, %s", pair.name, error)
+            continue
+        points = spread_sample(body_points(moving), QUERIES, np.random.default_rng(0))
+        method, prior = "fixed-point", None
+        if found.transform is not None and found.verdict != REFUSED:
+            method, prior = "guided", found.transform.inverse()
+        matches = match_records(
+            moving, fixed, points, None, method, prior, found.verdict, pair_score_of(model, method), cancel
+        )
+        records.append(plain({
+            "name": pair.name, "kind": pair.kind, "matches": matches,
+            "registration": {
+                "verdict": found.verdict, "reason": found.reason, "queried": found.queried, "mutual": found.mutual,
+                "inliers": found.inliers, "features": found.features,
+            },
+        }))
+        logger.info("%s: %s, %d of %d mutual", pair.name, found.verdict, found.inliers, found.mutual)
+    if json_path is not None:
+        write_json(json_path, {"negatives": records})
+    report(progress, "negatives", 1.0)
+    return records

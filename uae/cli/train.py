@@ -1,0 +1,105 @@
+"""`uae train` and `uae bench`: without a screen, resumable, with every figure in a file."""
+
+from __future__ import annotations
+
+import argparse
+
+from uae.cli.common import Session, check_writable
+from uae.cli.parser import add_command, add_model_options
+from uae.errors import InputError
+
+TRAIN_EXAMPLE = """\
+  uae train appearance --config small --set optimiser.learning_rate=5e-4 --output runs/first --budget-minutes 45
+  uae train appearance --config small --output runs/first --resume"""
+BENCH_EXAMPLE = "  UAE_DATA=/data/uae uae bench embedding --quick --json build/bench/embedding.json"
+
+
+def add_commands(commands: argparse._SubParsersAction) -> None:
+    """Add `train` and `bench`."""
+    train = add_command(
+        commands,
+        "train",
+        "Train a branch of the network. Checkpoints, log and the finished model go to --output; --resume goes on from "
+        "the last checkpoint with the same random numbers.",
+        TRAIN_EXAMPLE,
+    )
+    train.set_defaults(run=run_train)
+    train.add_argument("branch", choices=("appearance",), help="what to train")
+    train.add_argument(
+        "--config", required=True, metavar="F.toml", help="the recipe, or the name of one that ships (small)"
+    )
+    train.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="override one entry (a.b=value)")
+    train.add_argument("--output", required=True, metavar="DIR", help="folder of the run")
+    train.add_argument("--resume", action="store_true", help="continue the run in --output")
+    train.add_argument("--budget-minutes", type=float, metavar="N", help="stop after this time; --resume goes on")
+    train.add_argument("--data", metavar="DIR", help="the training volumes (default: UAE_DATA)")
+    train.add_argument("--device", default="auto", metavar="auto|cpu|cuda[:n]", help="where the network runs")
+
+    bench = add_command(
+        commands,
+        "bench",
+        "Measure on data with known truth and write the figures as JSON. The volumes are found through UAE_DATA or "
+        "--data. Test subjects are only reported where --report-test asks for it.",
+        BENCH_EXAMPLE,
+    )
+    bench.set_defaults(run=run_bench)
+    bench.add_argument("name", choices=("embedding",), metavar="NAME", help="embedding")
+    bench.add_argument("--quick", action="store_true", help="fewer cases")
+    bench.add_argument("--report-test", action="store_true", help="also report the test subjects")
+    bench.add_argument("--data", metavar="DIR", help="the volumes (default: UAE_DATA)")
+    bench.add_argument("--json", "--output", dest="json", required=True, metavar="FILE", help="where the figures go")
+    add_model_options(bench)
+
+
+def run_train(arguments: argparse.Namespace, session: Session) -> int:
+    """Train one branch."""
+    from uae.training.config import read_config
+
+    config = read_config(arguments.config, arguments.set)
+    output = check_writable(arguments.output, folder=True)
+    if arguments.device != "auto":
+        config["device"] = arguments.device
+    if arguments.threads:
+        config["threads"] = arguments.threads
+    from uae.training.appearance import train
+
+    model = train(
+        config,
+        output,
+        root=arguments.data,
+        resume=arguments.resume,
+        budget_minutes=arguments.budget_minutes,
+        progress=session.progress,
+    )
+    session.say(f"written: {model}")
+    return 0
+
+
+def run_bench(arguments: argparse.Namespace, session: Session) -> int:
+    """Run one benchmark."""
+    output = check_writable(arguments.json, suffixes=(".json",))
+    if arguments.report_test:
+        raise InputError("`bench embedding` measures validation subjects only; leave out --report-test")
+    from uae.bench.data import find_data
+    from uae.bench.embedding import FIXED_POINTS, BenchOptions, run_embedding_bench
+    from uae.models import load_model
+
+    find_data(arguments.data)  # before the model is loaded: this is what is missing most often
+    points = FIXED_POINTS // 3 if arguments.quick else FIXED_POINTS
+    result = run_embedding_bench(
+        load_model(arguments.model or "uae-m"),
+        data_dir=arguments.data,
+        quick=arguments.quick,
+        json_path=output,
+        options=BenchOptions(fixed_points=points, device=arguments.device),
+        progress=session.progress,
+    )
+    for name, figures in result.items():
+        if name in ("meta", "cases"):
+            continue
+        session.say(name)
+        for key, value in figures.items():
+            if isinstance(value, (int, float)):
+                session.say(f"  {key:<28} {value:.3g}")
+    session.say(f"written: {output}")
+    return 0

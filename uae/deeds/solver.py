@@ -1,0 +1,338 @@
+"""Symmetric coarse-to-fine DEEDS between two volumes anywhere in patient space (Heinrich et al., TMI 2013)."""
+
+from __future__ import annotations
+
+import logging
+import time
+from concurrent.futures import Future, ThreadPoolExecutor, wait
+from dataclasses import dataclass, field
+from functools import partial
+
+import numpy as np
+
+from uae.deeds import fields
+from uae.deeds.backend import Work, resolve_backend
+from uae.deeds.cost import ControlGrid, block_samples, cost_scale, data_cost
+from uae.deeds.inputs import Image, check_overlap, out_of_memory, prepare, usable_levels, working_grid
+from uae.deeds.mind import mind_ssc
+from uae.deeds.polish import bending_operator, polish
+from uae.deeds.presets import Level, Preset, find_preset
+from uae.deeds.tree import build_tree, propagate
+from uae.progress import Cancel, Progress, check_cancel, report
+from uae.transform import Affine, DisplacementField
+from uae.volume import Geometry, Volume
+
+logger = logging.getLogger(__name__)
+
+INVERSE_TOLERANCE_MM = 0.002
+_POLL_SECONDS = 0.1
+
+
+@dataclass
+class DeedsResult:
+    """What a registration found: x_moving = A(x + u(x)), A the initial transform.
+
+    Attributes:
+        field: u on the working grid, LPS mm, not tapered: beyond the grid nothing is known.
+        inverse: the field v with (x + v(x)) + u(x + v(x)) = x on the same grid, u continued beyond its border.
+        levels: for each level step, radius, quantisation, control_points, and for both directions energy (least energy
+            a control point), hamming (mean Hamming distance 0..60 before the level's search), folding (share of control
+            points with a Jacobian <= 0 after the merge), seconds.
+        jacobian: min, max and folding (share <= 0) of det(I + grad u) over the fixed image's valid voxels whose place
+            in the moving image is valid; folding_grid over the whole working grid.
+        seconds: prepare, levels, finish, total.
+        preset: name of the preset.
+        backend: 'numba' or 'numpy'.
+        overlap: share of the fixed image's valid voxels with a valid place in the moving image at the end.
+        consistency_mm: mean of |v(x) - v_solver(x)|: how far the solver's own backward field is from the inverse.
+    """
+
+    field: DisplacementField
+    inverse: DisplacementField
+    levels: list[dict]
+    jacobian: dict[str, float]
+    seconds: dict[str, float]
+    preset: str
+    backend: str
+    overlap: float
+    consistency_mm: float
+
+
+@dataclass
+class _Direction:
+    """One of the two searches: `base` stays, `other` is warped and searched."""
+
+    base: Image
+    other: Image
+    words: dict[int, np.ndarray] = field(default_factory=dict)
+    displacement: np.ndarray | None = None
+
+    def descriptors(self, q: int, solver: _Solver) -> np.ndarray:
+        """Words of the base image; only those of the last q are kept."""
+        if q not in self.words:
+            self.words = {
+                q: mind_ssc(
+                    self.base.values, q, valid=solver.validity(self.base), backend=solver.backend, work=solver.work
+                )
+            }
+        return self.words[q]
+
+
+class _Solver:
+    """Levels of one registration on the working grid; displacements in voxels, components z, y, x."""
+
+    def __init__(
+        self,
+        fixed: Image,
+        moving: Image,
+        levels: tuple[Level, ...],
+        preset: Preset,
+        backend: str,
+        threads: int,
+        progress: Progress | None,
+        cancel: Cancel | None,
+    ) -> None:
+        self.directions = (_Direction(fixed, moving), _Direction(moving, fixed))
+        self.levels = levels
+        self.preset = preset
+        self.backend = backend
+        self.threads = threads
+        self.progress = progress
+        self.cancel = cancel
+        self.work = Work()
+        self.shape = fixed.values.shape
+        self.reports: list[dict] = []
+
+    def validity(self, image: Image) -> np.ndarray | None:
+        """Where descriptors count; with replicated borders, as in the original, they count everywhere."""
+        return image.valid if self.preset.border == "neutral" else None
+
+    def run(self) -> tuple[np.ndarray, np.ndarray]:
+        """Solve all levels; dense forward and backward displacement (3, Z, Y, X) float32 in voxels."""
+        previous: ControlGrid | None = None
+        for number, level in enumerate(self.levels):
+            started = time.perf_counter()
+            grid = ControlGrid.over(self.shape, level.step, self.preset.alignment)
+            for direction in self.directions:
+                if previous is None:
+                    direction.displacement = np.zeros((3, *grid.counts))
+                else:
+                    direction.displacement = fields.transfer(direction.displacement, previous, grid)
+            stage = f"deeds level {number + 1}/{len(self.levels)}"
+            tasks = [partial(self._search, direction, grid, level, number > 0) for direction in self.directions]
+            found = self._both(tasks, stage, 2 * self._units(grid, level))
+            merged = fields.merge(found[0][0], found[1][0], grid.step)
+            for direction, displacement in zip(self.directions, merged):
+                direction.displacement = displacement
+            folded = [float(np.mean(fields.jacobian_determinant(one, grid.step) <= 0)) for one in merged]
+            self.reports.append(
+                {
+                    "step": level.step,
+                    "radius": level.radius,
+                    "quantisation": level.quantisation,
+                    "control_points": grid.nodes,
+                    "energy": [one[1] for one in found],
+                    "hamming": [one[2] for one in found],
+                    "folding": folded,
+                    "seconds": time.perf_counter() - started,
+                }
+            )
+            logger.info(
+                "%s: %d control points, Hamming distance before it %.2f and %.2f",
+                stage,
+                grid.nodes,
+                found[0][2],
+                found[1][2],
+            )
+            report(self.progress, stage, 1.0)
+            previous = grid
+        for number in range(self.preset.polish):
+            self._polish(previous, f"deeds polish {number + 1}/{self.preset.polish}")
+        dense = [fields.transfer(one.displacement.astype(np.float32), previous, None) for one in self.directions]
+        return dense[0], dense[1]
+
+    def _polish(self, grid: ControlGrid, stage: str) -> None:
+        """One sub-voxel round of both directions on the last control grid."""
+        level = Level(grid.step, 1, 1)
+        bending = bending_operator(grid.counts)
+
+        def task(direction: _Direction) -> tuple[np.ndarray]:
+            cost = self._cost(direction, grid, level, True)
+            self.work.check()
+            return (polish(cost, direction.displacement, bending, self.preset.bending),)
+
+        tasks = [partial(task, direction) for direction in self.directions]
+        found = self._both(tasks, stage, 2 * self._units(grid, level))
+        merged = fields.merge(found[0][0], found[1][0], grid.step, order=3)
+        for direction, displacement in zip(self.directions, merged):
+            direction.displacement = displacement
+        report(self.progress, stage, 1.0)
+
+    def _units(self, grid: ControlGrid, level: Level) -> float:
+        """Work of one direction of a level as the kernels count it."""
+        comparisons = grid.nodes * level.labels * len(block_samples(level.step, self.preset.sampling))
+        return comparisons + grid.nodes * 3.0 * level.side**4
+
+    def _cost(self, direction: _Direction, grid: ControlGrid, level: Level, warped: bool) -> np.ndarray:
+        """Data cost (nodes, labels) of one direction around its present displacement."""
+        self.work.check()
+        other, valid = direction.other.values, self.validity(direction.other)
+        if warped:
+            dense = fields.transfer(direction.displacement.astype(np.float32), grid, None)
+            other, valid = fields.warp(other, valid, dense, self.work)
+        words = mind_ssc(other, level.mind_step, valid=valid, backend=self.backend, work=self.work)
+        base = direction.descriptors(level.mind_step, self)
+        return data_cost(base, words, grid, level, self.preset, backend=self.backend, work=self.work)
+
+    def _search(
+        self, direction: _Direction, grid: ControlGrid, level: Level, warped: bool
+    ) -> tuple[np.ndarray, float, float]:
+        """One direction of one level: (control point displacement, energy, Hamming distance before), as a thread."""
+        cost = self._cost(direction, grid, level, warped)
+        before = float(cost[:, level.labels // 2].mean()) / cost_scale(level, self.preset)
+        tree = build_tree(direction.base.values, grid)
+        inherited = direction.displacement.reshape(3, -1).T
+        labels, energy = propagate(
+            cost, tree, inherited / level.quantisation, level.side, backend=self.backend, work=self.work
+        )
+        steps = np.stack(np.unravel_index(labels, (level.side,) * 3)) - level.radius
+        found = direction.displacement + (steps * level.quantisation).reshape(3, *grid.counts)
+        return found, energy / grid.nodes, before
+
+    def _both(self, tasks: list[partial], stage: str, total: float) -> list[tuple]:
+        """Run the two directions in threads; this thread reports progress and listens for the wish to stop."""
+        start = self.work.units
+        with ThreadPoolExecutor(self.threads, thread_name_prefix="deeds") as pool:
+            futures: list[Future] = [pool.submit(task) for task in tasks]
+            try:
+                waiting = set(futures)
+                while waiting:
+                    check_cancel(self.cancel)
+                    report(self.progress, stage, min(0.99, (self.work.units - start) / total))
+                    done, waiting = wait(waiting, timeout=_POLL_SECONDS)
+                    for future in done:
+                        future.result()
+            except BaseException:
+                # Whatever happened, the other thread must not go on behind the caller's back.
+                self.work.stop()
+                raise
+        return [future.result() for future in futures]
+
+
+def register(
+    fixed: Volume,
+    moving: Volume,
+    initial: Affine | None = None,
+    *,
+    fixed_mask: Volume | None = None,
+    moving_mask: Volume | None = None,
+    preset: str | Preset = "default",
+    spacing: float = 2.0,
+    region: Geometry | None = None,
+    backend: str = "auto",
+    threads: int = 2,
+    progress: Progress | None = None,
+    cancel: Cancel | None = None,
+) -> DeedsResult:
+    """Find the residual displacement u with x_moving = A(x + u(x)).
+
+    The moving volume is carried through A onto the working grid once, and u is solved between the fixed and the carried
+    image. Forward and backward fields then are inverses of each other whatever A is, which the original's A x + u_d(x)
+    gives only for A near identity; u_d = A3 u, with A3 the 3x3 part of A.
+
+    Args:
+        fixed: any spacing and direction.
+        moving: any spacing and direction, any modality: MIND-SSC needs no common contrast.
+        initial: A, fixed -> moving in LPS mm; identity where None.
+        fixed_mask: voxels > 0 of the fixed image that count, on any grid in fixed space.
+        moving_mask: voxels > 0 of the moving image that count, on any grid in moving space.
+        preset: a name of PRESETS, or a Preset of one's own.
+        spacing: of the isotropic working grid, mm (2 mm: CrossSAM).
+        region: box of the fixed space to register; the fixed volume's where None.
+        backend: 'auto', 'numba' or 'numpy'.
+        threads: 2 runs both directions at once, 1 one after the other (half the peak memory).
+        progress: told about each level.
+        cancel: asked about ten times a second.
+
+    Returns:
+        DeedsResult.
+
+    Raises:
+        InputError: images, masks, spacing, preset or region cannot be used, or do not overlap.
+        ResourceError: not enough memory.
+        CancelledError: the user stopped it.
+    """
+    preset = find_preset(preset)
+    backend = resolve_backend(backend)
+    clock = {"start": time.perf_counter()}
+    report(progress, "deeds preparation", 0.0)
+    grid = working_grid(region or fixed.geometry, spacing)
+    levels = usable_levels(preset.levels, grid.shape)
+    try:
+        images = []
+        for name, volume, mask, transform in (
+            ("fixed", fixed, fixed_mask, None),
+            ("moving", moving, moving_mask, initial),
+        ):
+            check_cancel(cancel)
+            images.append(prepare(name, volume, mask, grid, transform))
+        check_overlap(*images)
+        clock["prepare"] = time.perf_counter()
+        solver = _Solver(*images, levels, preset, backend, max(1, min(int(threads), 2)), progress, cancel)
+        forward, backward = solver.run()
+        clock["levels"] = time.perf_counter()
+        report(progress, "deeds result", 0.0)
+        result = _finish(grid, images, forward, backward, cancel)
+    except MemoryError as error:
+        raise out_of_memory(grid.shape) from error
+    clock["finish"] = time.perf_counter()
+    times = list(clock.values())
+    seconds = {name: after - before for name, before, after in zip(list(clock)[1:], times, times[1:])}
+    seconds["total"] = times[-1] - times[0]
+    report(progress, "deeds result", 1.0)
+    return DeedsResult(**result, levels=solver.reports, seconds=seconds, preset=preset.name, backend=backend)
+
+
+def _finish(
+    grid: Geometry, images: list[Image], forward: np.ndarray, backward: np.ndarray, cancel: Cancel | None
+) -> dict:
+    """Fields in millimetres, the exact inverse, and the statistics of the result."""
+    spacing = float(grid.spacing[0])
+    work = _CancelWork(cancel)
+    inverse = fields.invert(forward, backward, tolerance=INVERSE_TOLERANCE_MM / spacing, work=work)
+    fixed, moving = images
+    _, reached = fields.warp(moving.values, moving.valid, forward, work)
+    body = fixed.valid & reached
+    displacement = DisplacementField(_to_mm(forward, spacing), grid)
+    work.check()
+    determinant = displacement.jacobian_determinant()
+    inside = determinant[body] if body.any() else determinant.ravel()
+    return {
+        "field": displacement,
+        "inverse": DisplacementField(_to_mm(inverse, spacing), grid),
+        "jacobian": {
+            "min": float(inside.min()),
+            "max": float(inside.max()),
+            "folding": float(np.mean(inside <= 0)),
+            "folding_grid": float(np.mean(determinant <= 0)),
+        },
+        "overlap": float(np.count_nonzero(body) / max(np.count_nonzero(fixed.valid), 1)),
+        "consistency_mm": float(np.mean(np.linalg.norm(inverse - backward, axis=0)) * spacing),
+    }
+
+
+class _CancelWork(Work):
+    """Work of the calling thread itself, which can ask the user directly."""
+
+    def __init__(self, cancel: Cancel | None) -> None:
+        super().__init__()
+        self._cancel = cancel
+
+    def check(self) -> None:
+        """Raise CancelledError where the user asked to stop."""
+        check_cancel(self._cancel)
+
+
+def _to_mm(dense: np.ndarray, spacing: float) -> np.ndarray:
+    """(3, Z, Y, X) voxels in z, y, x order to (Z, Y, X, 3) millimetres in x, y, z order (identity direction)."""
+    return np.ascontiguousarray(np.moveaxis(dense[::-1], 0, -1) * np.float32(spacing), dtype=np.float32)

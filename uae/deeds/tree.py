@@ -1,0 +1,191 @@
+"""Minimum spanning tree of the control grid, and exact min-sum belief propagation on it (Heinrich et al., TMI 2013)."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+from scipy.sparse import coo_matrix, csr_matrix
+from scipy.sparse.csgraph import breadth_first_order, minimum_spanning_tree
+
+from uae.deeds.backend import Work, numba_kernels, resolve_backend
+from uae.deeds.cost import ControlGrid
+
+_CHUNK_STEPS = 50_000_000
+
+
+@dataclass(frozen=True)
+class Tree:
+    """A rooted spanning tree.
+
+    Attributes:
+        order: (N,) node numbers, breadth first from the root.
+        parent: (N,) parent of each node, -1 at the root.
+        weight: (N,) float32 weight of the edge to the parent, in (0, 1]; 1 at the root.
+        starts: (depth + 1,) positions in `order` at which the generations begin, and N at the end.
+    """
+
+    order: np.ndarray
+    parent: np.ndarray
+    weight: np.ndarray
+    starts: np.ndarray
+
+
+def edge_differences(image: np.ndarray, grid: ControlGrid) -> csr_matrix:
+    """Mean absolute intensity difference of 6-neighbour blocks (their corresponding voxels).
+
+    Args:
+        image: (Z, Y, X) float32.
+        grid: control points.
+
+    Returns:
+        (N, N) sparse matrix; entry (a, b), a < b, holds the difference plus 1, because scipy's spanning tree takes an
+        entry of 0 for a missing edge, and a constant added to all edges does not change the tree.
+    """
+    blocks = np.asarray(grid.crop(image), np.float32)
+    numbers = np.arange(grid.nodes).reshape(grid.counts)
+    step = grid.step
+    first, second, values = [], [], []
+    for axis in range(3):
+        size = blocks.shape[axis]
+        difference = np.abs(np.take(blocks, range(step, size), axis) - np.take(blocks, range(size - step), axis))
+        counts = list(grid.counts)
+        counts[axis] -= 1
+        nz, ny, nx = counts
+        mean = difference.reshape(nz, step, ny, step, nx, step).mean(axis=(1, 3, 5), dtype=np.float64)
+        first.append(np.take(numbers, range(counts[axis]), axis).ravel())
+        second.append(np.take(numbers, range(1, counts[axis] + 1), axis).ravel())
+        values.append(mean.ravel() + 1.0)
+    matrix = coo_matrix(
+        (np.concatenate(values), (np.concatenate(first), np.concatenate(second))), shape=(grid.nodes, grid.nodes)
+    )
+    return matrix.tocsr()
+
+
+def build_tree(image: np.ndarray, grid: ControlGrid) -> Tree:
+    """Spanning tree of least total block difference, rooted at the middle block.
+
+    The weight of an edge is exp(-difference / (2 std(image))): motion may break where the anatomy changes (deedsBCV).
+    """
+    differences = minimum_spanning_tree(edge_differences(image, grid))
+    root = int(np.ravel_multi_index(tuple(count // 2 for count in grid.counts), grid.counts))
+    both_ways = (differences + differences.T).tocsr()
+    order, parent = breadth_first_order(both_ways, root, directed=False, return_predecessors=True)
+    order = order.astype(np.int64)
+    parent = np.where(parent < 0, -1, parent).astype(np.int64)
+    weight = np.ones(grid.nodes, np.float32)
+    child = order[1:]
+    difference = np.asarray(both_ways[child, parent[child]], np.float64).ravel() - 1.0
+    deviation = max(float(np.std(image, dtype=np.float64)), 1e-12)
+    weight[child] = np.exp(-difference / (2.0 * deviation))
+    depth = np.zeros(grid.nodes, np.int64)
+    for node, above in zip(child.tolist(), parent[child].tolist()):
+        depth[node] = depth[above] + 1
+    starts = np.concatenate([[0], np.cumsum(np.bincount(depth[order]))])
+    return Tree(order, parent, weight, starts)
+
+
+def propagate(
+    cost: np.ndarray, tree: Tree, inherited: np.ndarray, side: int, *, backend: str = "auto", work: Work | None = None
+) -> tuple[np.ndarray, float]:
+    """Labels of least energy on the tree, exactly.
+
+    A node's data cost and everything below it is multiplied by the weight of the edge to its parent, so the energy is
+    sum_n W_n D_n(l_n) + sum_(c->p) W_p |l_p - l_c + inherited_p - inherited_c|^2, W_n the product of the weights from
+    n up to the root.
+
+    Args:
+        cost: (N, side^3) float32 data cost; overwritten.
+        tree: spanning tree of the N nodes.
+        inherited: (N, 3) displacement that the search starts from, z, y, x, in quantisation steps.
+        side: labels along one axis.
+        backend: 'auto', 'numba' or 'numpy'; the labels are equal.
+        work: told about finished steps (3 side^4 a node), and asked whether to stop.
+
+    Returns:
+        ((N,) int64 labels, least energy).
+    """
+    work = work or Work()
+    delta = np.zeros((len(tree.parent), 3), np.float32)
+    child = tree.order[1:]
+    inherited = np.asarray(inherited, np.float64)
+    delta[child] = inherited[tree.parent[child]] - inherited[child]
+    minima = np.zeros(len(tree.parent), np.float32)
+    function = _propagate_numba if resolve_backend(backend) == "numba" else _propagate_numpy
+    chosen = function(cost, tree, delta, side, minima, work)
+    path = np.ones(len(tree.parent))
+    for first, last in zip(tree.starts[1:-1], tree.starts[2:]):
+        nodes = tree.order[first:last]
+        path[nodes] = path[tree.parent[nodes]] * tree.weight[nodes]
+    root = tree.order[0]
+    energy = float(cost[root].min()) + float(np.sum(path[tree.parent[child]] * minima[child]))
+    return chosen, energy
+
+
+def _propagate_numba(
+    cost: np.ndarray, tree: Tree, delta: np.ndarray, side: int, minima: np.ndarray, work: Work
+) -> np.ndarray:
+    """Compiled version, a chunk of nodes at a time."""
+    kernels = numba_kernels()
+    chosen = np.zeros(len(tree.parent), np.int64)
+    steps = 3 * side**4
+    chunk = max(1, _CHUNK_STEPS // steps)
+    total = len(tree.order)
+    for last in range(total, 0, -chunk):
+        first = max(last - chunk, 0)
+        kernels.send_messages(cost, tree.order, tree.parent, tree.weight, delta, side, first, last, minima)
+        work.done((last - first) * steps)
+    for first in range(0, total, chunk):
+        work.check()
+        last = min(first + chunk, total)
+        kernels.choose_labels(cost, tree.order, tree.parent, delta, side, first, last, chosen)
+    return chosen
+
+
+def _propagate_numpy(
+    cost: np.ndarray, tree: Tree, delta: np.ndarray, side: int, minima: np.ndarray, work: Work
+) -> np.ndarray:
+    """The same with numpy, a generation of the tree at a time."""
+    spans = list(zip(tree.starts[:-1], tree.starts[1:]))
+    for first, last in spans[:0:-1]:
+        # Reversed, so that a parent adds up its children in the same order as the compiled version does.
+        nodes = tree.order[first:last][::-1]
+        cost[nodes] *= tree.weight[nodes, None]
+        message = cost[nodes].reshape(-1, side, side, side)
+        for axis in range(3):
+            message = _min_plus(message, _penalty(np.arange(side), delta[nodes, axis], side))
+        message = message.reshape(len(nodes), -1)
+        minima[nodes] = message.min(axis=1)
+        message -= minima[nodes, None]
+        parents = tree.parent[nodes]
+        fresh = np.flatnonzero(np.diff(parents, prepend=-2))
+        rank = np.arange(len(nodes)) - np.repeat(fresh, np.diff(fresh, append=len(nodes)))
+        for number in range(int(rank.max()) + 1):
+            cost[parents[rank == number]] += message[rank == number]
+        work.done(len(nodes) * 3 * side**4)
+    chosen = np.zeros(len(tree.parent), np.int64)
+    chosen[tree.order[0]] = int(np.argmin(cost[tree.order[0]]))
+    for first, last in spans[1:]:
+        work.check()
+        nodes = tree.order[first:last]
+        above = np.stack(np.unravel_index(chosen[tree.parent[nodes]], (side,) * 3), axis=1)
+        z, y, x = (_penalty(above[:, axis, None], delta[nodes, axis], side)[:, 0] for axis in range(3))
+        pairwise = (z[:, :, None] + y[:, None, :])[..., None] + x[:, None, None, :]
+        chosen[nodes] = np.argmin(cost[nodes] + pairwise.reshape(len(nodes), -1), axis=1)
+    return chosen
+
+
+def _penalty(parents: np.ndarray, delta: np.ndarray, side: int) -> np.ndarray:
+    """Squared differences (n, parents, side) of parent labels (parents,) or (n, parents) and all child labels."""
+    steps = (np.asarray(parents)[..., None] - np.arange(side)).astype(np.float32)
+    distance = np.broadcast_to(steps, (len(delta), *steps.shape[-2:])) + delta[:, None, None]
+    return distance * distance
+
+
+def _min_plus(values: np.ndarray, table: np.ndarray) -> np.ndarray:
+    """out[n, y, x, p] = min_z values[n, z, y, x] + table[n, p, z]: one axis done, the axes rotated by one."""
+    side = values.shape[1]
+    out = np.empty((*values.shape[:1], *values.shape[2:], side), np.float32)
+    for p in range(side):
+        out[..., p] = (values + table[:, p, :, None, None]).min(axis=1)
+    return out

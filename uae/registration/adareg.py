@@ -1,0 +1,340 @@
+"""AdaReg: the rigid (or affine) transform between two scans from matches of their embeddings, and whether it may be trusted.
+
+After the paper's registration step (UAE-M, section "Registration"), with differences that make it safe to press as a button: matches must be
+mutual, the fit is robust, a fifth of the matches is never shown to any fit and judges it, and the verdict can be a refusal.
+"""
+
+from __future__ import annotations
+
+import logging
+import math
+from dataclasses import dataclass, field
+
+import numpy as np
+from scipy.stats import binom
+
+from uae.embedding import Embedding
+from uae.errors import InputError, NoConfidentResultError
+from uae.matching import mutual_matches
+from uae.progress import Cancel, Progress, check_cancel, report
+from uae.registration.masks import inside
+from uae.registration.rigid import arun, fit_affine, ransac, spread_mm
+from uae.transform import Affine, Rigid
+from uae.volume import Volume
+
+log = logging.getLogger(__name__)
+
+ACCEPTED, REVIEW, REFUSED = "accepted", "review", "refused"
+N_POINTS = 800  # our measurement; the authors use about one point per 18 ml
+CYCLE_MM = 8.0  # our measurement: two fine cells
+TOLERANCE_MM = 10.0  # our measurement; also the distance by which held-out matches are judged (the field's CPM@10mm)
+HELDOUT_SHARE = 0.2
+MIN_MATCHES = 8  # below it neither a fit nor a held-out share says anything
+AFFINE_STRETCH = (0.8, 1.25)  # patients differ in size by about this much; beyond it an affine fit follows wrong matches
+
+DEFAULT_LIMITS: dict[str, dict[str, dict[str, float]]] = {
+    "accepted": {
+        "inliers": {"min": 40},
+        "inlier_share": {"min": 0.3},
+        "spread_mm": {"min": 12.0},
+        "heldout_within_10mm": {"min": 0.3},
+        "heldout_log10_p": {"max": -6.0},
+        "runner_up_ratio": {"max": 0.5},
+    },
+    "review": {
+        "inliers": {"min": 15},
+        "inlier_share": {"min": 0.12},
+        "spread_mm": {"min": 8.0},
+        "heldout_within_10mm": {"min": 0.12},
+        "heldout_log10_p": {"max": -2.0},
+    },
+}
+"""Used only for a model that brings no calibrated limits of its own; deliberately strict."""
+
+_WORDS = {
+    "inliers": "agreeing matches",
+    "inlier_share": "share of agreeing matches",
+    "spread_mm": "spatial spread of the agreeing matches (mm)",
+    "heldout_within_10mm": "share of held-out matches within 10 mm",
+    "heldout_log10_p": "log10 of the probability of that share by chance",
+    "runner_up_ratio": "support of the second best place relative to the best",
+    "stability_mm": "change of the result over random halves of the matches (mm)",
+    "similarity_gain": "similarity at the predicted places above that around them",
+    "body_overlap": "share of the body that lands in the other scan's body",
+}
+
+
+@dataclass
+class AdaRegResult:
+    """What AdaReg found; points and transform in mm, LPS.
+
+    transform: fixed -> moving, None where not even a candidate exists. A refused result keeps its candidate for measurements.
+    heldout_*: on the matches that no fit has seen; the inlier median is over those of them within 10 mm.
+    fixed_points, moving_points: (M, 3) all mutual matches; inlier_mask, heldout_mask: bool (M,); scores (M,).
+    spread_mm: smallest principal standard deviation of the inliers in the fixed scan.
+    features: every figure a verdict may use, for calibration.
+    """
+
+    verdict: str
+    reason: str
+    transform: Affine | None = None
+    queried: int = 0
+    mutual: int = 0
+    inliers: int = 0
+    heldout: int = 0
+    heldout_within_10mm: float = 0.0
+    heldout_chance: float = 0.0
+    heldout_residual_median_mm: float | None = None
+    heldout_inlier_median_mm: float | None = None
+    fixed_points: np.ndarray = field(default_factory=lambda: np.zeros((0, 3)))
+    moving_points: np.ndarray = field(default_factory=lambda: np.zeros((0, 3)))
+    inlier_mask: np.ndarray = field(default_factory=lambda: np.zeros(0, dtype=bool))
+    heldout_mask: np.ndarray = field(default_factory=lambda: np.zeros(0, dtype=bool))
+    scores: np.ndarray = field(default_factory=lambda: np.zeros(0))
+    spread_mm: float = 0.0
+    features: dict[str, float] = field(default_factory=dict)
+
+
+def body_points(embedding: Embedding, mask: Volume | None = None) -> np.ndarray:
+    """Centres (N, 3) mm of the fine cells inside the body and, where given, inside a mask image (voxels > 0)."""
+    points = embedding.fine_geometry.index_to_mm(np.argwhere(embedding.body & embedding.valid)[:, ::-1].astype(np.float64))
+    return points[inside(mask, points)]
+
+
+def spread_sample(points: np.ndarray, count: int, rng: np.random.Generator) -> np.ndarray:
+    """About `count` of the points, one at random from each cube of equal size: random, yet even over the body (N, 3)."""
+    if len(points) <= count:
+        return points
+    shuffled = points[rng.permutation(len(points))[: 50 * count]]  # enough to fill every cube, and quick for whole torsos
+    offset = shuffled - shuffled.min(axis=0)
+    low, high = 1.0, float(offset.max()) + 1.0
+    for _ in range(30):  # bisection on the cube's edge
+        edge = 0.5 * (low + high)
+        cubes = np.floor(offset / edge).astype(np.int64)
+        first = np.unique(np.ravel_multi_index(cubes.T, cubes.max(axis=0) + 1), return_index=True)[1]
+        low, high = (edge, high) if len(first) > count else (low, edge)
+        if abs(len(first) - count) <= 0.02 * count:
+            break
+    return shuffled[np.sort(first)[:count]]
+
+
+def verdict_of(features: dict[str, float], limits: dict[str, dict[str, dict[str, float]]] | None) -> tuple[str, str]:
+    """Compare figures with a model's limits.
+
+    Args:
+        features: figures by name.
+        limits: {"accepted": {figure: {"min": a, "max": b}}, "review": {...}}; None for DEFAULT_LIMITS.
+
+    Returns:
+        The best verdict whose limits all hold, else "refused"; and the reason, naming what keeps the result from being better.
+
+    Raises:
+        InputError: a limit names an unknown figure.
+    """
+    limits = DEFAULT_LIMITS if limits is None else limits
+    missed: dict[str, list[str]] = {}
+    for level in (ACCEPTED, REVIEW):
+        missed[level] = []
+        for name, bound in limits.get(level, {}).items():
+            if name not in features:
+                raise InputError(f"registration limits name the unknown figure {name!r}; check the model's thresholds")
+            value = features[name]
+            low, high = bound.get("min", -math.inf), bound.get("max", math.inf)
+            if not low <= value <= high:
+                wanted = f"at least {low:g}" if value < low else f"at most {high:g}"
+                missed[level].append(f"{_WORDS.get(name, name)} is {value:.3g}, {wanted} wanted")
+    if not missed[ACCEPTED]:
+        return ACCEPTED, "enough matches agree, and those that were held out agree as well"
+    if not missed[REVIEW]:
+        return REVIEW, "look at the overlay before use: " + "; ".join(missed[ACCEPTED])
+    return REFUSED, "the scans could not be related with confidence: " + "; ".join(missed[REVIEW]) + _NEXT_STEP
+
+
+_NEXT_STEP = ". Check that both show the same region of one patient, restrict the search with masks, or start from landmarks set by hand"
+
+
+def _heldout(transform: Affine, source: np.ndarray, target: np.ndarray) -> dict[str, float]:
+    """Judge a transform on matches it has not seen, against the share that chance gives.
+
+    Chance = how often the predicted place of one match lies within 10 mm of the match of another: it is high where all matches crowd in one corner.
+    """
+    predicted = transform.apply(source)
+    residual = np.linalg.norm(predicted - target, axis=1)
+    count = len(residual)
+    crossed = np.linalg.norm(predicted[:, None] - target[None], axis=2) <= TOLERANCE_MM
+    np.fill_diagonal(crossed, False)
+    chance = float(crossed.sum() / max(count * (count - 1), 1))
+    hits = int((residual <= TOLERANCE_MM).sum())
+    # One more hit and miss than seen keeps a chance of 0 from looking like certainty with few matches.
+    smoothed = (chance * count + 1.0) / (count + 2.0)
+    return {
+        "heldout": count,
+        "heldout_within_10mm": hits / max(count, 1),
+        "heldout_chance": chance,
+        "heldout_log10_p": float(max(binom.logsf(hits - 1, count, smoothed) / math.log(10.0), -300.0)) if hits else 0.0,
+        "heldout_residual_median_mm": float(np.median(residual)) if count else math.nan,
+        "heldout_inlier_median_mm": float(np.median(residual[residual <= TOLERANCE_MM])) if hits else math.nan,
+    }
+
+
+def _stability(source: np.ndarray, target: np.ndarray, corners: np.ndarray, rng: np.random.Generator, rounds: int = 20) -> float:
+    """Median over random halves of the inliers of the largest movement (mm) of the body's corners (8, 3) between the two halves' fits."""
+    moved = []
+    for _ in range(rounds):
+        order = rng.permutation(len(source))
+        half = len(order) // 2
+        try:
+            one, two = (arun(source[part], target[part]) for part in (order[:half], order[half:]))
+        except NoConfidentResultError:
+            continue
+        moved.append(np.linalg.norm(one.apply(corners) - two.apply(corners), axis=1).max())
+    return float(np.median(moved)) if moved else 1e3
+
+
+def _similarity_gain(source: Embedding, target: Embedding, transform: Affine, points: np.ndarray, step_mm: float = 24.0) -> float:
+    """Mean over points (N, 3) of the similarity at the predicted place minus the mean over six places `step_mm` away.
+
+    It uses the whole body, also the places that gave no mutual match, so that agreement of a few matches alone cannot raise it.
+    """
+    places = transform.apply(points)
+    landed = target.geometry.contains(places)
+    if landed.sum() < MIN_MATCHES:
+        return 0.0
+    places, own = places[landed], source.descriptors(points[landed]).astype(np.float32)
+    at_place = np.einsum("nd,nd->n", own, target.descriptors(places).astype(np.float32))
+    around, known = np.zeros(len(places)), np.zeros(len(places))
+    for axis in range(3):
+        for sign in (-1.0, 1.0):
+            shifted = places + sign * step_mm * np.eye(3)[axis]
+            usable = target.geometry.contains(shifted)
+            if usable.any():
+                around[usable] += np.einsum("nd,nd->n", own[usable], target.descriptors(shifted[usable]).astype(np.float32))
+                known += usable
+    both = known > 0
+    return float(np.nanmean(at_place[both] - around[both] / known[both])) if both.any() else 0.0
+
+
+def _body_overlap(target: Embedding, transform: Affine, points: np.ndarray) -> float:
+    """Share of points (N, 3) of the source's body whose predicted cell belongs to the target's body; points outside its scan do not count."""
+    index = np.rint(target.fine_geometry.mm_to_index(transform.apply(points))).astype(int)[:, ::-1]
+    within = ((index >= 0) & (index < target.body.shape)).all(axis=1)
+    index = index[within]
+    valid = target.valid[tuple(index.T)]
+    return float(target.body[tuple(index[valid].T)].mean()) if valid.any() else 0.0
+
+
+def _affine(rigid: Rigid, source: np.ndarray, target: np.ndarray) -> Affine:
+    """Robust affine through the inliers, or `rigid` where the matches do not determine a plausible one."""
+    try:
+        affine = fit_affine(source, target)
+    except NoConfidentResultError as error:
+        log.warning("affine: %s; the rigid transform is kept", error)
+        return rigid
+    stretch = np.linalg.svd(affine.matrix[:3, :3], compute_uv=False)
+    if stretch.min() < AFFINE_STRETCH[0] or stretch.max() > AFFINE_STRETCH[1] or np.linalg.det(affine.matrix[:3, :3]) <= 0:
+        log.warning("affine: stretches of %s are implausible for patients; the rigid transform is kept", np.round(stretch, 2))
+        return rigid
+    return affine
+
+
+def estimate(
+    fixed: Embedding,
+    moving: Embedding,
+    limits: dict[str, dict[str, dict[str, float]]] | None = None,
+    n_points: int = N_POINTS,
+    affine: bool = False,
+    seed: int = 0,
+    fixed_mask: Volume | None = None,
+    moving_mask: Volume | None = None,
+    progress: Progress | None = None,
+    cancel: Cancel | None = None,
+) -> AdaRegResult:
+    """Estimate fixed -> moving from two embeddings of one model.
+
+    The search runs from the smaller body to the larger one (a point of the larger is often outside the smaller); the result does not show it.
+
+    Args:
+        fixed, moving: embeddings.
+        limits: the model's calibrated limits (see `verdict_of`), None for the strict defaults.
+        n_points: queried points, evenly over the smaller body.
+        affine: add a robust affine fit on the inliers; the verdict rests on the rigid one.
+        seed: of all random choices.
+        fixed_mask, moving_mask: images > 0 where matches may lie.
+
+    Returns:
+        The transform with verdict and figures; never raises for scans that do not fit together, it refuses.
+
+    Raises:
+        InputError: a scan (or its mask) holds no body at all.
+        CancelledError: the user stopped.
+    """
+    rng = np.random.default_rng(seed)
+    bodies = {"fixed": body_points(fixed, fixed_mask), "moving": body_points(moving, moving_mask)}
+    for name, points in bodies.items():
+        if not len(points):
+            raise InputError(f"no body was found in the {name} image (or inside its mask); check the image, its modality and the mask")
+    swap = len(bodies["moving"]) <= len(bodies["fixed"])
+    source, target = (moving, fixed) if swap else (fixed, moving)
+    body = bodies["moving" if swap else "fixed"]
+    source_mask, target_mask = (moving_mask, fixed_mask) if swap else (fixed_mask, moving_mask)
+    queries = spread_sample(body, n_points, rng)
+    report(progress, "match", 0.0)
+    check_cancel(cancel)
+    found_source, found_target, scores, cycle = mutual_matches(source, target, queries, cycle_mm=CYCLE_MM)
+    check_cancel(cancel)
+    report(progress, "match", 0.8)
+    mutual = np.isfinite(cycle) & (cycle <= CYCLE_MM) & inside(source_mask, found_source) & inside(target_mask, found_target)
+    a, b, scores = found_source[mutual], found_target[mutual], np.asarray(scores, dtype=np.float64)[mutual]
+    pair = (b, a) if swap else (a, b)
+    result = AdaRegResult(REFUSED, "", queried=len(queries), mutual=len(a), fixed_points=pair[0], moving_points=pair[1], scores=scores)
+    result.heldout_mask = np.zeros(len(a), dtype=bool)
+    result.inlier_mask = np.zeros(len(a), dtype=bool)
+    if len(a) < MIN_MATCHES:
+        result.reason = f"only {len(a)} of {len(queries)} points find a mutual match{_NEXT_STEP}"
+        return result
+    result.heldout_mask[rng.choice(len(a), max(2, round(HELDOUT_SHARE * len(a))), replace=False)] = True
+    fit = ~result.heldout_mask
+    try:
+        winner = ransac(a[fit], b[fit], tolerance_mm=TOLERANCE_MM, seed=seed)
+    except NoConfidentResultError as error:
+        result.reason = f"{error}{_NEXT_STEP}"
+        return result
+    rigid = winner.transform
+    result.inlier_mask[fit] = winner.inliers
+    agreed = result.inlier_mask
+    corners = np.stack(np.meshgrid(*np.stack([body.min(axis=0), body.max(axis=0)]).T, indexing="ij"), axis=-1).reshape(8, 3)
+    spread = spread_mm(pair[0][agreed])
+    result.features = {
+        "queried": len(queries),
+        "mutual": len(a),
+        "mutual_share": len(a) / len(queries),
+        "fitted": int(fit.sum()),
+        "inliers": int(agreed.sum()),
+        "inlier_share": float(agreed.sum() / fit.sum()),
+        "inlier_query_share": float(agreed.sum() / len(queries)),
+        "inlier_median_mm": float(np.median(np.linalg.norm(rigid.apply(a[agreed]) - b[agreed], axis=1))) if agreed.any() else math.nan,
+        "inlier_score_median": float(np.median(scores[agreed])) if agreed.any() else 0.0,
+        "mutual_score_median": float(np.median(scores)),
+        "spread_mm": float(spread[2]),
+        "spread_largest_mm": float(spread[0]),
+        # Relative to the whole body searched: inliers crowded in one corner of a large scan turn badly.
+        "spread_relative": float(spread[2] / max(spread_mm(body)[2], 1e-6)),
+        "runner_up_ratio": float(winner.runner_up / max(int(winner.inliers.sum()), 1)),
+        "rotation_deg": float(rigid.rotation_angle_deg()),
+        "stability_mm": _stability(a[agreed], b[agreed], corners, rng),
+        "similarity_gain": _similarity_gain(source, target, rigid, queries),
+        "body_overlap": _body_overlap(target, rigid, queries),
+        "smaller_body_ml": float(len(body) * source.fine_geometry.voxel_volume_mm3 / 1000.0),
+        **_heldout(rigid, a[result.heldout_mask], b[result.heldout_mask]),
+    }
+    for name in ("inliers", "heldout", "heldout_within_10mm", "heldout_chance", "spread_mm"):
+        setattr(result, name, result.features[name])
+    for name in ("heldout_residual_median_mm", "heldout_inlier_median_mm"):
+        value = result.features[name]
+        setattr(result, name, None if math.isnan(value) else value)
+    result.verdict, result.reason = verdict_of(result.features, limits)
+    linear = _affine(rigid, a[agreed], b[agreed]) if affine else rigid
+    result.transform = linear.inverse() if swap else linear
+    report(progress, "match", 1.0)
+    log.info("AdaReg: %s, %d of %d mutual matches of %d points agree: %s", result.verdict, result.inliers, result.mutual, result.queried, result.reason)
+    return result

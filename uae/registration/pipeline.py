@@ -1,0 +1,351 @@
+"""Two scans in, one transform with a verdict out: embed, AdaReg, refine, and where asked for deform."""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from dataclasses import field as dataclass_field
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from uae.errors import InputError
+from uae.geometry import Geometry
+from uae.progress import Cancel, Progress, check_cancel, report
+from uae.quality import jacobian_statistics
+from uae.registration.adareg import ACCEPTED, N_POINTS, REFUSED, REVIEW, AdaRegResult, estimate
+from uae.registration.masks import body_volume, both, inside
+from uae.registration.output import write_result
+from uae.registration.refine import RefineResult, overlap_points, refine_rigid
+from uae.registration.summary import build_report
+from uae.registration.taper import taper
+from uae.transform import Affine, Composite, DisplacementField, Rigid, Transform
+from uae.volume import Volume
+
+if TYPE_CHECKING:
+    from uae.deeds import DeedsResult
+    from uae.embedding import Embedding
+    from uae.models import Model
+
+__all__ = ["RegisterOptions", "RegistrationResult", "deform", "register", "write_result"]
+
+log = logging.getLogger(__name__)
+
+NETWORK_VOXEL_MM = 2.0  # the unit of the margin
+MAX_FOLDING = 0.005  # share of body voxels; TG-132 wants none, and some voxels at organ borders fold in any discrete solver
+
+
+@dataclass
+class RegisterOptions:
+    """Choices of `register`.
+
+    affine: affine instead of rigid. deformable: add DEEDS. refine: mutual information inside the overlap.
+    margin_voxels: 2 mm voxels around the overlap in the deformable step (10: the paper's first round).
+    preset: of the deformable solver. fixed_mask, moving_mask: images > 0 where the scans count.
+    device, memory_mb, cache: of the embedding. threads: of the deformable solver (1 halves its memory).
+    n_points, seed: of the matching.
+    """
+
+    affine: bool = False
+    deformable: bool = False
+    refine: bool = True
+    margin_voxels: float = 10
+    preset: str = "default"
+    fixed_mask: Volume | None = None
+    moving_mask: Volume | None = None
+    device: str = "auto"
+    memory_mb: float = 2000.0
+    cache: bool = True
+    threads: int = 2
+    n_points: int = N_POINTS
+    seed: int = 0
+
+
+@dataclass
+class RegistrationResult:
+    """What a registration found; transforms run fixed -> moving in mm, LPS.
+
+    status: accepted, review or refused; reason: why.
+    linear: R, also of a refused registration where there is a candidate (for measurements; it is never written), else None.
+    field: tapered u of x_moving = R(x + u(x)), None where there is no deformable part.
+    affine: write the linear part as affine.tfm.
+    report: what report.json holds.
+    """
+
+    status: str
+    reason: str
+    fixed: Volume
+    moving: Volume
+    linear: Affine | None = None
+    field: DisplacementField | None = None
+    affine: bool = False
+    adareg: AdaRegResult | None = None
+    refinement: RefineResult | None = None
+    report: dict[str, Any] = dataclass_field(default_factory=dict)
+
+    @property
+    def transform(self) -> Transform | None:
+        """The whole map fixed -> moving, None where there is not even a candidate."""
+        if self.linear is None or self.field is None:
+            return self.linear
+        return Composite([self.field, self.linear])
+
+
+class _Clock:
+    """Seconds by stage."""
+
+    def __init__(self) -> None:
+        self.seconds: dict[str, float] = {}
+        self._start = time.perf_counter()
+
+    @contextmanager
+    def stage(self, name: str) -> Iterator[None]:
+        start = time.perf_counter()
+        yield
+        self.seconds[name] = time.perf_counter() - start
+
+    def total(self) -> dict[str, float]:
+        return {**self.seconds, "total": time.perf_counter() - self._start}
+
+
+def register(
+    fixed: Volume,
+    moving: Volume,
+    model: Model,
+    options: RegisterOptions | None = None,
+    progress: Progress | None = None,
+    cancel: Cancel | None = None,
+) -> RegistrationResult:
+    """Register a moving scan to a fixed one by anatomical embeddings.
+
+    Args:
+        fixed, moving: scans with their modality decided; any grid, any overlap, no common frame needed.
+        model: trained weights; `thresholds["registration"]` holds the calibrated limits of the verdict.
+        options: see RegisterOptions.
+        progress: told the stages "embedding", "match", "refine" and the solver's own. cancel: asked inside all of them.
+
+    Returns:
+        The result with its report. A refusal is a result and raises nothing here.
+
+    Raises:
+        InputError, ModalityError: a scan or mask cannot be used.
+        ResourceError: out of memory.
+        CancelledError: the user stopped.
+    """
+    from uae.device import describe_device, resolve_device
+    from uae.embedding import embed
+
+    options = options or RegisterOptions()
+    _check_mask("fixed", options.fixed_mask, fixed)
+    _check_mask("moving", options.moving_mask, moving)
+    clock = _Clock()
+    embeddings = []
+    for name, volume in (("fixed", fixed), ("moving", moving)):
+        with clock.stage(f"embed_{name}"):
+            embeddings.append(
+                embed(volume, model, options.device, options.memory_mb, cache=options.cache, progress=progress, cancel=cancel)
+            )
+    with clock.stage("match"):
+        found = estimate(
+            *embeddings,
+            limits=model.thresholds.get("registration"),
+            n_points=options.n_points,
+            affine=options.affine,
+            seed=options.seed,
+            fixed_mask=options.fixed_mask,
+            moving_mask=options.moving_mask,
+            progress=progress,
+            cancel=cancel,
+        )
+    result = RegistrationResult(found.verdict, found.reason, fixed, moving, found.transform, affine=options.affine, adareg=found)
+    bodies = [both(body_volume(e), m) for e, m in zip(embeddings, (options.fixed_mask, options.moving_mask), strict=True)]
+    deformable = None
+    if result.status != REFUSED and options.refine:
+        with clock.stage("refine"):
+            refined = refine_rigid(fixed, moving, result.linear, *bodies, seed=options.seed, progress=progress, cancel=cancel)
+        result.refinement, result.linear = refined, refined.transform
+        if refined.failed:
+            _review(result, refined.reason)
+    if result.status != REFUSED and options.deformable:
+        with clock.stage("deform"):
+            deformable = _deform(result, options, bodies[0], progress, cancel)
+    center, percent = _overlap(embeddings, result.linear, options)
+    device = describe_device(resolve_device(options.device))
+    result.report = build_report(
+        result.status, result.reason, result.linear, center, percent, found, result.refinement, deformable, model, device,
+        clock.total(), fixed, moving,
+    )  # fmt: skip
+    return result
+
+
+def deform(
+    fixed: Volume,
+    moving: Volume,
+    initial: Affine | None = None,
+    preset: str = "default",
+    fixed_mask: Volume | None = None,
+    moving_mask: Volume | None = None,
+    margin_voxels: float = 10,
+    threads: int = 2,
+    progress: Progress | None = None,
+    cancel: Cancel | None = None,
+) -> RegistrationResult:
+    """The deformable step alone, from a given linear transform.
+
+    Args:
+        fixed, moving: scans. initial: fixed -> moving; identity where None.
+        preset, fixed_mask, moving_mask, margin_voxels, threads: see RegisterOptions.
+
+    Returns:
+        A result with status "review", since nothing but the images themselves vouches for it.
+
+    Raises:
+        InputError: `initial` is not linear, or the scans do not overlap under it.
+        ResourceError, CancelledError: as in `register`.
+    """
+    initial = Rigid.identity() if initial is None else initial
+    if not initial.is_linear:
+        raise InputError("the initial transform must be linear (rigid or affine); give the .tfm file of a registration")
+    linear = initial.as_linear()
+    _check_mask("fixed", fixed_mask, fixed)
+    _check_mask("moving", moving_mask, moving)
+    options = RegisterOptions(
+        margin_voxels=margin_voxels, preset=preset, fixed_mask=fixed_mask, moving_mask=moving_mask, threads=threads
+    )
+    reason = "deformed from the given transform; no matches were asked whether it is right"
+    result = RegistrationResult(REVIEW, reason, fixed, moving, linear, affine=not isinstance(linear, Rigid))
+    clock = _Clock()
+    with clock.stage("deform"):
+        figures = _deform(result, options, None, progress, cancel)
+    points = overlap_points(fixed.geometry, moving.geometry, linear)
+    # Without an embedding there is no body: the share is that of the smaller scan's box.
+    smaller = min(g.voxel_volume_mm3 * np.prod(g.size) for g in (fixed.geometry, moving.geometry))
+    percent = float(min(100.0 * len(points) * 4.0**3 / smaller, 100.0))
+    result.report = build_report(
+        result.status, result.reason, linear, points.mean(axis=0), percent, None, None, figures, None, "cpu",
+        clock.total(), fixed, moving,
+    )  # fmt: skip
+    return result
+
+
+def _check_mask(name: str, mask: Volume | None, volume: Volume) -> None:
+    """A mask must hold something inside its scan."""
+    if mask is None:
+        return
+    cells = np.argwhere(mask.array > 0)[:, ::-1]
+    cells = cells[:: max(1, len(cells) // 100_000)]  # a sample is enough to see whether anything lies inside
+    if not len(cells) or not volume.geometry.contains(mask.geometry.index_to_mm(cells)).any():
+        raise InputError(f"the {name} mask is empty or lies outside the {name} image; check that it belongs to it")
+
+
+def _review(result: RegistrationResult, reason: str) -> None:
+    """Take an acceptance back to review and say why."""
+    if result.status == ACCEPTED:
+        result.status, result.reason = REVIEW, f"look at the overlay before use: {reason}"
+    else:
+        result.reason = f"{result.reason}; {reason}"
+
+
+def _overlap(
+    embeddings: list[Embedding], linear: Affine | None, options: RegisterOptions
+) -> tuple[np.ndarray | None, float | None]:
+    """Centre (3,) mm of the overlap in fixed space, and the percentage of the smaller body that lies inside the other scan."""
+    if linear is None:
+        return None, None
+    from uae.registration.adareg import body_points
+
+    fixed, moving = embeddings
+    of_fixed = body_points(fixed, options.fixed_mask)
+    of_moving = body_points(moving, options.moving_mask)
+    if len(of_moving) <= len(of_fixed):
+        points = linear.inverse().apply(of_moving)
+        hit = _valid(fixed, points)
+    else:
+        points = of_fixed
+        hit = _valid(moving, linear.apply(points))
+    center = points[hit].mean(axis=0) if hit.any() else points.mean(axis=0)
+    return center, 100.0 * float(hit.mean())
+
+
+def _valid(embedding: Embedding, points: np.ndarray) -> np.ndarray:
+    """bool (N,): points (N, 3) mm in a fine cell inside the scan."""
+    return inside(Volume(embedding.valid.astype(np.uint8), embedding.fine_geometry), points)
+
+
+def crop_geometry(geometry: Geometry, points: np.ndarray, margin_mm: float) -> Geometry:
+    """The part of a grid that holds points (N, 3) mm with a margin on all sides, not larger than the grid."""
+    index = geometry.mm_to_index(points)
+    margin = margin_mm / geometry.spacing
+    first = np.clip(np.floor(index.min(axis=0) - margin), 0, geometry.size - 1)
+    last = np.clip(np.ceil(index.max(axis=0) + margin), 0, geometry.size - 1)
+    shape = tuple(int(n) for n in (last - first + 1)[::-1])
+    return Geometry(shape, geometry.spacing, geometry.index_to_mm(first)[0], geometry.direction)
+
+
+def _deform(
+    result: RegistrationResult, options: RegisterOptions, body: Volume | None, progress: Progress | None, cancel: Cancel | None
+) -> dict[str, Any]:
+    """Run DEEDS on the dilated overlap, taper its field into `result` and return its figures."""
+    from uae import deeds
+
+    fixed, moving, linear = result.fixed, result.moving, result.linear
+    points = overlap_points(fixed.geometry, moving.geometry, linear)
+    points = points[inside(options.fixed_mask, points)]
+    points = points[inside(options.moving_mask, linear.apply(points))]
+    if not len(points):
+        raise InputError("the scans (or their masks) do not overlap under the linear transform; give a better --initial")
+    found = deeds.register(
+        fixed,
+        moving,
+        linear,
+        fixed_mask=options.fixed_mask,
+        moving_mask=options.moving_mask,
+        preset=options.preset,
+        region=crop_geometry(fixed.geometry, points, options.margin_voxels * NETWORK_VOXEL_MM),
+        threads=options.threads,
+        progress=progress,
+        cancel=cancel,
+    )
+    check_cancel(cancel)
+    report(progress, "taper", 0.0)
+    tapered = taper(found.field, linear, moving.geometry, fixed.geometry, options.fixed_mask, options.moving_mask)
+    result.field = tapered.field
+    in_body = tapered.overlap
+    if body is not None:
+        in_body = in_body & inside(body, tapered.field.geometry.grid_points_mm()).reshape(in_body.shape)
+    jacobian = jacobian_statistics(tapered.field, in_body if in_body.any() else tapered.overlap)
+    if jacobian["folding"] > MAX_FOLDING:
+        _review(result, f"{100 * jacobian['folding']:.1f} % of the body folds in the deformable part")
+    report(progress, "taper", 1.0)
+    return _deformable_figures(result, found, tapered.width_mm, tapered.folding_outside, jacobian)
+
+
+def _deformable_figures(
+    result: RegistrationResult, found: DeedsResult, width: float, folding_outside: int, jacobian: dict[str, float]
+) -> dict[str, Any]:
+    """Preset, folding in the body, consistency, and the held-out residual with and without the deformation."""
+    figures: dict[str, Any] = {
+        "preset": found.preset,
+        "folding": jacobian["folding"],
+        "jacobian": jacobian,
+        "folding_outside_overlap_nodes": folding_outside,
+        # The stored inverse is exact; how far the solver's own way back differs from it is what the two directions disagree about.
+        "inverse_consistency_mm": found.consistency_mm,
+        "largest_mm": float(np.linalg.norm(result.field.vectors, axis=-1).max()),
+        "taper_mm": width,
+        "heldout_residual_before_mm": None,
+        "heldout_residual_after_mm": None,
+    }
+    if result.adareg is not None:
+        held = result.adareg.heldout_mask
+        points, targets = result.adareg.fixed_points[held], result.adareg.moving_points[held]
+        before = np.linalg.norm(result.linear.apply(points) - targets, axis=1)
+        after = np.linalg.norm(result.transform.apply(points) - targets, axis=1)
+        right = before <= 10.0  # the others are wrong matches, whose residual says nothing about the deformation
+        if right.any():
+            figures["heldout_residual_before_mm"] = float(np.median(before[right]))
+            figures["heldout_residual_after_mm"] = float(np.median(after[right]))
+    return figures
