@@ -1,7 +1,7 @@
 """Numbers that describe how good a match or a registration is.
 
-Each function says which clinical question it answers and whether it may fail a case (after AAPM TG-132 as commonly quoted). Points are millimetres, LPS,
-float64, (N, 3); arrays are (z, y, x).
+Each function says which clinical question it answers and whether it may fail a case (after AAPM TG-132 as commonly
+quoted). Points are millimetres, LPS, float64, (N, 3); arrays are (z, y, x).
 """
 
 from __future__ import annotations
@@ -36,12 +36,13 @@ def _summary(values: np.ndarray) -> dict[str, float]:
 def tre(transform: Transform, fixed_points: np.ndarray, moving_points: np.ndarray) -> dict[str, float]:
     """Target registration error: how far does a structure of the moving scan lie from its place after alignment?
 
-    May fail a case: mean and maximum should stay within the larger voxel dimension, about 2-3 mm (1 mm stereotactic). The points must not have been used
-    for the fit.
+    May fail a case: mean and maximum should stay within the larger voxel dimension, about 2-3 mm (1 mm stereotactic).
+    The points must not have been used for the fit.
 
     Args:
         transform: fixed -> moving.
-        fixed_points, moving_points: (N, 3) mm, the same places in both scans.
+        fixed_points: (N, 3) mm.
+        moving_points: (N, 3) mm, the same places in the moving scan.
 
     Returns:
         mean, std, median, p95, max of the distances in mm, measured in moving space.
@@ -58,10 +59,12 @@ def med(estimated: np.ndarray, truth: np.ndarray) -> dict[str, float]:
     Describes a method over many cases; may not fail a single case (an expert's own repeat error is 2-4 mm).
 
     Args:
-        estimated, truth: (N, 3) mm.
+        estimated: (N, 3) mm.
+        truth: (N, 3) mm.
 
     Returns:
-        mean, std, median, p95, max in mm and the mean absolute difference per axis: x (left-right), y (anterior-posterior), z (cranio-caudal).
+        mean, std, median, p95, max in mm; x (left-right), y (anterior-posterior), z (cranio-caudal): mean absolute
+        differences per axis.
 
     Raises:
         InputError: no points, or lists of different lengths.
@@ -72,22 +75,28 @@ def med(estimated: np.ndarray, truth: np.ndarray) -> dict[str, float]:
 
 
 def cpm(
-    estimated: np.ndarray, truth: np.ndarray, limit_mm: float = CPM_MM, radius_mm: np.ndarray | None = None, size_mm: np.ndarray | None = None
+    estimated: np.ndarray,
+    truth: np.ndarray,
+    limit_mm: float = CPM_MM,
+    radius_mm: np.ndarray | None = None,
+    size_mm: np.ndarray | None = None,
 ) -> dict[str, float]:
     """Correct point matches: what share of lesions or landmarks is found?
 
-    Describes a method over many cases; may not fail a single case. The two published evaluation scripts differ, so both are given: DLT counts a hit within
-    min(limit, radius) and within the radius (half of the longest RECIST diameter); TLT within min(limit, size) and within the size (diagonal of the
-    lesion's 3-D box), both strictly smaller than for the size and the radius. DLT is the strict one, TLT the lenient one.
+    Describes a method over many cases; may not fail a single case. The two published evaluation scripts differ, so both
+    are given. DLT, the strict one: distance <= min(radius, limit), and < radius (half of the longest RECIST diameter).
+    TLT, the lenient one: distance < min(limit, size), and < size (diagonal of the lesion's 3-D box).
 
     Args:
-        estimated, truth: (N, 3) mm.
+        estimated: (N, 3) mm.
+        truth: (N, 3) mm.
         limit_mm: 10 mm in all papers.
         radius_mm: (N,) lesion radii for the DLT figures.
         size_mm: (N,) box diagonals for the TLT figures.
 
     Returns:
-        Shares 0..1: `within_limit` (distance < limit); with radii `dlt_at_limit`, `dlt_at_radius`; with sizes `tlt_at_limit`, `tlt_at_radius`.
+        Shares 0..1: `within_limit` (distance < limit); with radii `dlt_at_limit`, `dlt_at_radius`; with sizes
+            `tlt_at_limit`, `tlt_at_radius`.
 
     Raises:
         InputError: no points, or lists of different lengths.
@@ -116,11 +125,12 @@ def _per_point(values: np.ndarray, count: int, name: str) -> np.ndarray:
 def dice(first: np.ndarray, second: np.ndarray, labels: list[int] | None = None) -> dict[int, float]:
     """Dice overlap per label: do contours agree after alignment?
 
-    May fail a case (below about 0.80-0.90, lower for small structures); report the worst structure and not the average, and leave the body outline out
-    where the scans differ in length.
+    May fail a case (below about 0.80-0.90, lower for small structures); report the worst structure and not the average,
+    and leave the body outline out where the scans differ in length.
 
     Args:
-        first, second: label arrays (z, y, x) on one grid.
+        first: label array (z, y, x).
+        second: label array on the same grid.
         labels: which ones; None for all labels > 0 found in either.
 
     Returns:
@@ -131,7 +141,9 @@ def dice(first: np.ndarray, second: np.ndarray, labels: list[int] | None = None)
     """
     first, second = np.asarray(first), np.asarray(second)
     if first.shape != second.shape:
-        raise InputError(f"label maps of shapes {first.shape} and {second.shape} cannot be compared; resample one onto the other's grid")
+        raise InputError(
+            f"label maps of shapes {first.shape} and {second.shape} are not on one grid; resample one of them"
+        )
     if labels is None:
         labels = [int(v) for v in np.union1d(np.unique(first), np.unique(second)) if v > 0]
     result = {}
@@ -146,14 +158,16 @@ def dice(first: np.ndarray, second: np.ndarray, labels: list[int] | None = None)
 def jacobian_statistics(field: DisplacementField, inside: np.ndarray | None = None) -> dict[str, float]:
     """Jacobian determinant of x -> x + u(x) inside the body: does the deformation tear or fold tissue?
 
-    May fail a case by `folding` (there must be no values <= 0); the departure from 1 (volume change) is shown and never decides.
+    May fail a case by `folding` (there must be no values <= 0); the departure from 1 (volume change) is shown and never
+    decides.
 
     Args:
         field: u.
         inside: bool (z, y, x) on the field's grid, the body; None for the whole grid.
 
     Returns:
-        folding (share of voxels with a determinant <= 0), min, p01, median, p99, max, sd_log (of the logarithm of the positive ones).
+        folding (share of voxels with a determinant <= 0), min, p01, median, p99, max, sd_log (of the logarithm of the
+        positive ones).
 
     Raises:
         InputError: the mask has another grid or holds no voxel.
@@ -161,7 +175,9 @@ def jacobian_statistics(field: DisplacementField, inside: np.ndarray | None = No
     determinant = field.jacobian_determinant()
     if inside is not None:
         if inside.shape != determinant.shape:
-            raise InputError(f"the body mask {inside.shape} is not on the field's grid {determinant.shape}; resample it")
+            raise InputError(
+                f"the body mask {inside.shape} is not on the field's grid {determinant.shape}; resample it"
+            )
         determinant = determinant[inside]
     values = determinant.ravel()
     if not values.size:
@@ -182,7 +198,8 @@ def jacobian_statistics(field: DisplacementField, inside: np.ndarray | None = No
 def inverse_consistency(forward: Transform, backward: Transform, points: np.ndarray) -> dict[str, float]:
     """Distance of points from themselves after there and back: do the two directions contradict each other?
 
-    A large value fails a case (beyond the larger voxel dimension); a small one proves nothing, since two wrong directions can agree.
+    A large value fails a case (beyond the larger voxel dimension); a small one proves nothing, since two wrong
+    directions can agree.
 
     Args:
         forward: fixed -> moving.

@@ -123,9 +123,12 @@ def _draw_row(
     extent = (steps[0][0], steps[0][-1], steps[1][0], steps[1][-1])
     base = np.repeat(np.nan_to_num(fixed)[..., None], 3, axis=2)
     pictures = (
-        _checkerboard(fixed, before, tiles), _checkerboard(fixed, after, tiles), _blend(fixed, before), _blend(fixed, after),
+        _checkerboard(fixed, before, tiles),
+        _checkerboard(fixed, after, tiles),
+        _blend(fixed, before),
+        _blend(fixed, after),
         0.75 * base,
-    )  # fmt: skip
+    )
     for axis, picture in zip(row, pictures, strict=True):
         axis.imshow(picture, origin="lower", extent=extent, interpolation="bilinear", aspect="equal")
         axis.set_xlim(extent[:2])
@@ -162,7 +165,12 @@ def _blend(fixed: np.ndarray, moving: np.ndarray) -> np.ndarray:
 
 def _letters(axis: Axes, letters: str) -> None:
     """Patient directions at the four edges."""
-    places = ((0.015, 0.5, "left", "center"), (0.985, 0.5, "right", "center"), (0.5, 0.985, "center", "top"), (0.5, 0.015, "center", "bottom"))
+    places = (
+        (0.015, 0.5, "left", "center"),
+        (0.985, 0.5, "right", "center"),
+        (0.5, 0.985, "center", "top"),
+        (0.5, 0.015, "center", "bottom"),
+    )
     for letter, (x, y, ha, va) in zip(letters, places, strict=True):
         axis.text(x, y, letter, transform=axis.transAxes, ha=ha, va=va, color=TEXT, fontsize=9, alpha=0.85)
 
@@ -173,8 +181,10 @@ def _note(axis: Axes, text: str, y: float = 0.9) -> None:
     axis.text(0.03, y, text, transform=axis.transAxes, color=TEXT, fontsize=8.5, bbox=style, va="bottom")
 
 
-def _draw_matches(axis: Axes, result: RegistrationResult, horizontal: int, vertical: int, across: int, position: float) -> None:
-    """Dots at the fixed points of matches near the plane, with a line to where the linear transform puts their partners."""
+def _draw_matches(
+    axis: Axes, result: RegistrationResult, horizontal: int, vertical: int, across: int, position: float
+) -> None:
+    """Dots at the fixed points of matches near the plane, with a line to where their partners are carried."""
     found = result.adareg
     if found is None or not len(found.fixed_points):
         _note(axis, "no matches were used")
@@ -182,15 +192,32 @@ def _draw_matches(axis: Axes, result: RegistrationResult, horizontal: int, verti
     places = result.linear.inverse().apply(found.moving_points)
     near = np.abs(found.fixed_points[:, across] - position) <= SLAB_MM
     wrong = ~found.inlier_mask & ~found.heldout_mask
-    groups = (("outlier", wrong, OUTLIER), ("inlier", found.inlier_mask, INLIER), ("held out", found.heldout_mask, HELDOUT))
+    groups = (
+        ("outlier", wrong, OUTLIER),
+        ("inlier", found.inlier_mask, INLIER),
+        ("held out", found.heldout_mask, HELDOUT),
+    )
     left, right = sorted(axis.get_xlim())
     low, high = sorted(axis.get_ylim())
     for label, members, color in groups:
         chosen = near & members
         start, end = found.fixed_points[chosen], places[chosen]
-        shown = (start[:, horizontal] > left) & (start[:, horizontal] < right) & (start[:, vertical] > low) & (start[:, vertical] < high)
+        shown = (
+            (start[:, horizontal] > left)
+            & (start[:, horizontal] < right)
+            & (start[:, vertical] > low)
+            & (start[:, vertical] < high)
+        )
         start, end = start[shown], end[shown]
-        axis.scatter(start[:, horizontal], start[:, vertical], s=13, c=color, linewidths=0, label=f"{label} ({len(start)})", zorder=3)
+        axis.scatter(
+            start[:, horizontal],
+            start[:, vertical],
+            s=13,
+            c=color,
+            linewidths=0,
+            label=f"{label} ({len(start)})",
+            zorder=3,
+        )
         # The partner of a wrong match can be anywhere; lines across the whole picture would hide it.
         short = np.linalg.norm(end - start, axis=1) < 40.0
         axis.plot(
@@ -198,7 +225,15 @@ def _draw_matches(axis: Axes, result: RegistrationResult, horizontal: int, verti
             np.stack([start[short, vertical], end[short, vertical]]),
             color=color, linewidth=0.9, zorder=2,
         )  # fmt: skip
-    axis.legend(loc="upper right", fontsize=7.5, facecolor="black", edgecolor="none", labelcolor=TEXT, framealpha=0.55, handletextpad=0.2)
+    axis.legend(
+        loc="upper right",
+        fontsize=7.5,
+        facecolor="black",
+        edgecolor="none",
+        labelcolor=TEXT,
+        framealpha=0.55,
+        handletextpad=0.2,
+    )
 
 
 def _draw_header(figure: Any, result: RegistrationResult) -> None:
@@ -206,12 +241,14 @@ def _draw_header(figure: Any, result: RegistrationResult) -> None:
     height = figure.get_figheight()
     values = result.report
     figure.text(
-        0.014, 1.0 - 0.42 / height, f" {result.status.upper()} ", color="white", fontsize=15, fontweight="bold", va="center",
-        bbox={"facecolor": COLORS[result.status], "edgecolor": "none", "pad": 5.0},
+        0.014, 1.0 - 0.42 / height, f" {result.status.upper()} ", color="white", fontsize=15, weight="bold",
+        va="center", bbox={"facecolor": COLORS[result.status], "edgecolor": "none", "pad": 5.0},
     )  # fmt: skip
     facts = []
     if values.get("shift_mm") is not None:
-        shift = ", ".join(f"{axis} {value:+.1f}" for axis, value in zip(("LR", "AP", "CC"), values["shift_mm"], strict=True))
+        shift = ", ".join(
+            f"{axis} {value:+.1f}" for axis, value in zip(("LR", "AP", "CC"), values["shift_mm"], strict=True)
+        )
         facts.append(f"shift {shift} mm")
         facts.append(f"rotation {values['rotation_deg']:.1f}°")
     if values.get("overlap_percent") is not None:
@@ -221,10 +258,20 @@ def _draw_header(figure: Any, result: RegistrationResult) -> None:
         facts.append(f"{matches['inliers']} of {matches['mutual']} mutual matches agree")
         facts.append(f"held out within 10 mm: {100 * matches['heldout_within_10mm']:.0f} %")
     if result.refinement is not None:
-        facts.append(f"refined by {result.refinement.moved_mm:.1f} mm" if result.refinement.used else "refinement not used")
-    if values.get("deformable"):
-        facts.append(f"deformed (up to {values['deformable']['largest_mm']:.0f} mm): contour support, not dose")
+        facts.append(
+            f"refined by {result.refinement.moved_mm:.1f} mm" if result.refinement.used else "refinement not used"
+        )
     figure.text(0.10, 1.0 - 0.34 / height, "   ·   ".join(facts), color=TEXT, fontsize=11, va="center")
+    if values.get("deformable"):
+        largest = values["deformable"]["largest_mm"]
+        figure.text(
+            0.10,
+            1.0 - 0.86 / height,
+            f"deformed by up to {largest:.0f} mm: contour support, not dose",
+            color="#f2c14e",
+            fontsize=9.5,
+            va="center",
+        )
     reason = result.reason if len(result.reason) < 230 else result.reason[:227] + "..."
     figure.text(0.10, 1.0 - 0.62 / height, reason, color=TEXT, fontsize=9.5, alpha=0.8, va="center")
     names = [str(v.path.name) if v.path else kind for kind, v in (("fixed", result.fixed), ("moving", result.moving))]
@@ -232,5 +279,6 @@ def _draw_header(figure: Any, result: RegistrationResult) -> None:
     origin = f"fixed: {names[0]}   moving: {names[1]}   model: {model.get('name', '-')} {model.get('version', '')}"
     figure.text(0.014, 0.2 / height, origin, color=TEXT, fontsize=8.5, alpha=0.7, va="center")
     figure.text(
-        0.986, 0.2 / height, "research; not a medical device", color=TEXT, fontsize=8.5, alpha=0.7, va="center", ha="right"
+        0.986, 0.2 / height, "research; not a medical device", color=TEXT, fontsize=8.5, alpha=0.7, va="center",
+        ha="right",
     )  # fmt: skip

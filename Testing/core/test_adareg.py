@@ -3,6 +3,7 @@
 import numpy as np
 import pytest
 from scipy import ndimage
+
 from uae.embedding import Embedding
 from uae.errors import CancelledError, InputError, NoConfidentResultError
 from uae.geometry import Geometry
@@ -36,8 +37,11 @@ class Anatomy:
 
 
 def embedding(anatomy, pose, low, high, noise=0.1, modality="ct"):
-    """Embedding of a scan of the anatomy's box low..high mm, stored in the scanner space into which `pose` carries the anatomy."""
-    corners = pose.apply(np.array([[x, y, z] for x in (low[0], high[0]) for y in (low[1], high[1]) for z in (low[2], high[2])], float))
+    """Embedding of a scan of the anatomy's box low..high mm, stored in the scanner space into which `pose` carries the
+    anatomy."""
+    corners = pose.apply(
+        np.array([[x, y, z] for x in (low[0], high[0]) for y in (low[1], high[1]) for z in (low[2], high[2])], float)
+    )
     shape = np.ceil(np.ptp(corners, axis=0)[::-1] / 32.0).astype(int) * 16
     geometry = Geometry(tuple(shape), (2.0, 2.0, 2.0), corners.min(axis=0) + 1.0, np.eye(3))
     fields = {}
@@ -120,7 +124,9 @@ def test_refuse_two_parts_without_common_anatomy(scans):
 def test_rigid_affine_follows_a_stretched_body(scans):
     stretched = Anatomy(1)
     scale = np.array([1.08, 0.94, 1.05])
-    stretched.grid = Geometry(stretched.grid.shape, stretched.grid.spacing * scale, stretched.grid.origin * scale, np.eye(3))
+    stretched.grid = Geometry(
+        stretched.grid.shape, stretched.grid.spacing * scale, stretched.grid.origin * scale, np.eye(3)
+    )
     moving = embedding(stretched, Rigid.identity(), *PART, noise=0.2)
     found = estimate(scans["whole"], moving, n_points=300, affine=True)
     assert not isinstance(found.transform, Rigid)
@@ -169,7 +175,9 @@ def test_refuse_by_limits_names_what_is_missing():
 
 def test_rigid_queries_are_even_over_the_body():
     points = np.random.default_rng(0).uniform(0, 100, (20000, 3))
-    points = np.vstack([points, np.random.default_rng(1).uniform(0, 20, (20000, 3))])  # one corner is sampled far denser
+    points = np.vstack(
+        [points, np.random.default_rng(1).uniform(0, 20, (20000, 3))]
+    )  # one corner is sampled far denser
     chosen = spread_sample(points, 500, np.random.default_rng(2))
     assert 400 <= len(chosen) <= 500
     assert (chosen < 20).all(axis=1).mean() < 0.03

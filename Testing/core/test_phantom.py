@@ -18,7 +18,9 @@ from uae.phantom import (
     truth_field,
     write_sample,
 )
-from uae.phantom.correspond import on_lattice
+from uae.phantom.correspond import body_lattice, on_lattice, subject_map
+from uae.phantom.render import mr_values
+from uae.phantom.tissues import TISSUE
 from uae.points import read_points
 from uae.transform import Composite, Rigid, read_transform
 from uae.volume import Volume
@@ -35,7 +37,7 @@ VOLUMES_ML = {
 }  # fmt: skip
 
 
-@pytest.fixture(scope="module", params=SEEDS)
+@pytest.fixture(scope="module", params=SEEDS[:2])
 def phantom(request):
     return make_phantom(request.param, 4.0)
 
@@ -109,9 +111,9 @@ def home_of(landmark):
     """The structure in which a landmark lies (the beginning of its name)."""
     homes = {
         "carina": "trachea", "aortic": "aorta", "heart_apex": "myocardium", "bladder": "bladder", "liver_dome": "liver",
-        "gallbladder": "gallbladder", "sternum": "sternum", "symphysis": "hip_bone", "sacral": "sacrum", "spleen": "spleen",
-        "hip_joint": "femur", "lung": "lung", "iliac_crest": "hip_bone", "rib_5": "rib_", "kidney_left": "kidney_left",
-        "kidney_right": "kidney_right",
+        "gallbladder": "gallbladder", "sternum": "sternum", "symphysis": "hip_bone", "sacral": "sacrum",
+        "spleen": "spleen", "hip_joint": "femur", "lung": "lung", "iliac_crest": "hip_bone", "rib_5": "rib_",
+        "kidney_left": "kidney_left", "kidney_right": "kidney_right",
     }  # fmt: skip
     return next((home for start, home in homes.items() if landmark.startswith(start)), landmark)
 
@@ -147,13 +149,12 @@ def test_phantom_mr_is_dark_where_there_is_no_signal(phantom):
 
 
 def test_phantom_contrasts_differ_between_seeds():
-    orders = []
-    for seed in range(FIRST_TEST_SEED, FIRST_TEST_SEED + 4):
-        made = make_phantom(seed, 8.0, ct=False, part="abdomen")
-        names = ("liver", "spleen", "kidney_left", "subcutaneous_fat", "muscle_wall", "bladder", "stomach")
-        means = [made.mr.array[of_label(made, name)].mean() for name in names if of_label(made, name).any()]
-        orders.append(tuple(np.argsort(means)))
-    assert len(set(orders)) >= 3
+    names = ("liver", "spleen", "kidney_cortex", "fat", "muscle", "urine", "csf", "arterial")
+    orders = set()
+    for seed in range(FIRST_TEST_SEED, FIRST_TEST_SEED + 8):
+        means, _ = mr_values(seed)
+        orders.add(tuple(np.argsort([means[TISSUE[name]] for name in names])))
+    assert len(orders) >= 6
 
 
 def test_phantom_is_deterministic():
@@ -187,10 +188,10 @@ def test_phantom_maps_are_inverted_exactly_and_never_fold(two):
     points = some_body_points(a)
     there = correspondence(a, b)
     assert np.abs(there.inverse().apply(there.apply(points)) - points).max() < 0.01
-    for seed in range(FIRST_TEST_SEED, FIRST_TEST_SEED + 6):
-        tall = make_phantom(seed, 12.0, ct=False, mr=False)
-        determinant = jacobian_determinant(tall.to_canonical, some_body_points(tall, 3000))
-        assert determinant.min() > 0.15
+    canonical = body_lattice(25.0)
+    for seed in range(FIRST_TEST_SEED, FIRST_TEST_SEED + 20):
+        to_canonical = subject_map(seed)
+        assert jacobian_determinant(to_canonical, to_canonical.inverse().apply(canonical)).min() > 0.1
 
 
 def test_phantom_grid_agrees_with_loose_points():
@@ -237,16 +238,14 @@ def test_pair_truth_carries_labels(pair):
         assert seen.sum() > 500
         found = at_index(other.array, other.geometry.mm_to_index(carried[seen]))
         assert (found == at_index(labels, index[seen])).mean() > 0.95
-    # Without the smooth part the agreement is worse: the test can tell.
-    index = away_from_borders(pair.moving_labels.array)
-    start = grid.index_to_mm(index)
-    same = [
-        (
-            labels_at(t.apply(start), pair.fixed_to_canonical, pair.seed) == at_index(pair.moving_labels.array, index)
-        ).mean()
-        for t in (pair.moving_to_fixed, pair.rigid.inverse())
-    ]
-    assert same[0] > 0.99 and same[1] < same[0] - 0.01
+    # Exact up to the borders; without the smooth part it is not, so the test can tell.
+    index = np.argwhere(pair.moving_labels.array > 0)[::5, ::-1].astype(float)
+    start, expected = grid.index_to_mm(index), at_index(pair.moving_labels.array, index)
+    with_motion, without = (
+        (labels_at(transform.apply(start), pair.fixed_to_canonical, pair.seed) == expected).mean()
+        for transform in (pair.moving_to_fixed, pair.rigid.inverse())
+    )
+    assert with_motion > 0.995 and without < 0.95
 
 
 def test_pair_is_displaced_turned_and_deformed_as_promised(pair):

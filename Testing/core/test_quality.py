@@ -2,6 +2,7 @@
 
 import numpy as np
 import pytest
+
 from uae import quality
 from uae.errors import InputError
 from uae.geometry import Geometry
@@ -26,7 +27,9 @@ def test_med_per_axis():
 def test_cpm_definitions_differ_as_published():
     truth = np.zeros((4, 3))
     found = np.array([[4.0, 0, 0], [6.0, 0, 0], [9.0, 0, 0], [10.0, 0, 0]])
-    shares = quality.cpm(found, truth, radius_mm=np.array([4.0, 5.0, 20.0, 20.0]), size_mm=np.array([12.0, 12.0, 12.0, 12.0]))
+    shares = quality.cpm(
+        found, truth, radius_mm=np.array([4.0, 5.0, 20.0, 20.0]), size_mm=np.array([12.0, 12.0, 12.0, 12.0])
+    )
     assert shares["within_limit"] == 0.75
     assert shares["dlt_at_limit"] == 0.75  # 4 <= 4, 6 > 5, 9 <= 10, 10 <= 10
     assert shares["dlt_at_radius"] == 0.5  # 4 is not below 4, 6 > 5

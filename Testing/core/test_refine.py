@@ -3,6 +3,7 @@
 import numpy as np
 import pytest
 from scipy import ndimage
+
 from uae.errors import CancelledError
 from uae.geometry import Geometry
 from uae.registration import refine
@@ -40,7 +41,8 @@ def render(labels, values, noise, seed, modality):
 
 @pytest.fixture(scope="module")
 def pair():
-    """CT (fixed), MR of its middle part in another pose with thick slices (moving), bodies, and the true fixed -> moving transform."""
+    """CT (fixed), MR of its middle part in another pose with thick slices (moving), bodies, and the true fixed ->
+    moving transform."""
     labels = tissue_map()
     ct = render(labels, TISSUES, 15.0, 1, "ct")
     truth = Rigid.from_euler_deg(4.0, -3.0, 6.0, translation=(30.0, -12.0, 55.0), center=labels.geometry.center_mm())

@@ -2,6 +2,7 @@
 
 import numpy as np
 import pytest
+
 from uae.errors import InputError, NoConfidentResultError
 from uae.registration.rigid import arun, fit_affine, ransac, ransac_rigid, spread_mm, trimmed_rigid
 from uae.transform import Rigid

@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 import SimpleITK as sitk
 from scipy.spatial import cKDTree
+
 from uae.errors import NoConfidentResultError
 from uae.geometry import Geometry
 from uae.registration.taper import minimum_determinant, residual, taper
@@ -121,7 +122,7 @@ def test_geometry_residual_of_an_affine():
 
 
 def test_geometry_taper_file_carries_points_in_simpleitk(case, tmp_path):
-    field, linear, moving, fixed, result = case
+    field, linear, *_, result = case
     write_transform(tmp_path / "displacement.nii.gz", result.field)
     write_transform(tmp_path / "rigid.tfm", linear)
     image = sitk.ReadImage(str(tmp_path / "displacement.nii.gz"))

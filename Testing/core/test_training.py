@@ -214,7 +214,8 @@ def test_a_step_that_is_not_finite_is_skipped(task_parts, tmp_path):
 
 def test_kill_leaves_a_checkpoint_that_resumes(tmp_path):
     output = tmp_path / "run"
-    settings = [*(f"{key}={value}" for key, value in SMALL_VIEWS.items()), "data.volumes=[]", "data.phantom_seeds=[0, 1]"]
+    settings = [f"{key}={value}" for key, value in SMALL_VIEWS.items()]
+    settings += ["data.volumes=[]", "data.phantom_seeds=[0, 1]"]
     settings += ["optimiser.steps=500", "optimiser.checkpoint_every=1"]
     command = [sys.executable, "-m", "uae", "train", "appearance", "--config", "small", "--output", str(output)]
     command += [part for setting in settings for part in ("--set", setting)]

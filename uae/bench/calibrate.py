@@ -14,7 +14,14 @@ from typing import Any
 
 import numpy as np
 
-from uae.bench.metrics import CONFIDENT_FAILURE_MM, MATCH_LIMIT_MM, is_confident, summarise, verdict_of_case
+from uae.bench.metrics import (
+    CONFIDENT_FAILURE_MM,
+    MATCH_LIMIT_MM,
+    auto_matches,
+    is_confident,
+    summarise,
+    verdict_of_case,
+)
 from uae.bench.negatives import NO_OVERLAP
 from uae.registration.adareg import ACCEPTED, REFUSED
 
@@ -22,7 +29,7 @@ logger = logging.getLogger(__name__)
 
 FIGURES = {
     "inliers": 1, "inlier_share": 1, "spread_mm": 1, "heldout_within_10mm": 1, "heldout_log10_p": -1,
-    "runner_up_ratio": -1, "stability_mm": -1, "similarity_gain": 1,
+    "runner_up_ratio": -1, "stability_mm": -1, "similarity_gain": 1, "hypothesis_score": 1, "hypothesis_margin": 1,
 }
 """Figures of a registration that may carry a limit; 1: at least, -1: at most."""
 
@@ -229,7 +236,10 @@ def calibrate(cases: Sequence[Mapping[str, Any]], negatives: Sequence[Mapping[st
     registration = fit_registration(cases, negatives)
     sets = sorted({case["set"] for case in cases})
     free = {name: [match for case in cases if case["set"] == name for match in case["fixed_point"]] for name in sets}
-    auto = {name: [match for case in cases if case["set"] == name for match in case["guided"]] for name in sets}
+    auto = {
+        name: [match for case in cases if case["set"] == name for match in auto_matches(case, registration)]
+        for name in sets
+    }
     guided = {name: [match for match in records if match["method"] == "guided"] for name, records in auto.items()}
     apart = [match for pair in negatives if pair["kind"] == NO_OVERLAP for match in pair["matches"]]
     by_method = {

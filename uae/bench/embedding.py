@@ -20,7 +20,7 @@ from uae.files import atomic_path
 from uae.matching import Match, match_points, nearest
 from uae.preprocess import body_mask
 from uae.progress import Cancel, Progress, check_cancel, report
-from uae.registration.adareg import REFUSED, estimate
+from uae.registration.adareg import REVIEW, estimate
 from uae.registration.masks import body_volume
 from uae.registration.refine import refine_rigid
 from uae.simulate import SETS, SimulatedPair, simulate_mr
@@ -148,10 +148,10 @@ def run_case(
     free = match_records(moving, fixed, few, few_truth, "fixed-point", pair_score=free_score, cancel=cancel)
     lap("fixed_point")
     guided = free
-    if found.transform is not None and found.verdict != REFUSED:
-        # As the product does: the prior of this pair where it was not refused, the free search where it was.
+    if found.transform is not None:
+        # Whatever the verdict: which of the two the product gives is decided when verdicts are judged (`auto_matches`).
         guided = match_records(
-            moving, fixed, few, few_truth, "guided", found.transform.inverse(), found.verdict,
+            moving, fixed, few, few_truth, "guided", found.transform.inverse(), REVIEW,
             pair_score_of(model, "guided"), cancel,
         )
     lap("guided")

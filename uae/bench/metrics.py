@@ -75,6 +75,11 @@ def is_confident(match: Mapping[str, Any], limits: Mapping[str, Any] | None) -> 
     return bool(match["eligible"]) and judge(match, limits_for(limits, match["method"]))[0]
 
 
+def auto_matches(case: Mapping[str, Any], limits: Mapping[str, Any] | None) -> list[Mapping[str, Any]]:
+    """What the method "auto" gives: guided, or the free search where the pair is refused."""
+    return list(case["fixed_point"] if verdict_of_case(case, limits) == REFUSED else case["guided"])
+
+
 def _number(value: float | None) -> float:
     """A recorded figure; None stands for no estimate, which is infinitely wrong."""
     return math.inf if value is None else float(value)
@@ -101,8 +106,14 @@ def summarise(cases: Sequence[Mapping[str, Any]], thresholds: Mapping[str, Any] 
     result: dict[str, Any] = {"cases": len(cases)}
     for key in ("median_mm", "under_10mm", "mean_mm", "p95_mm"):
         result[key] = _mean(entry[key] for entry in near)
-    for method in ("fixed_point", "guided", "nearest_same_points"):
-        errors = [[match["error_mm"] for match in case[method]] for case in cases if case[method]]
+    auto = [auto_matches(case, thresholds.get("registration")) for case in cases]
+    records = {
+        "fixed_point": [case["fixed_point"] for case in cases],
+        "guided": auto,
+        "nearest_same_points": [case["nearest_same_points"] for case in cases],
+    }
+    for method, by_case in records.items():
+        errors = [[match["error_mm"] for match in own] for own in by_case if own]
         figures = [point_errors(np.array(values)) for values in errors]
         for key in ("median_mm", "under_10mm", "mean_mm", "p95_mm"):
             result[f"{method}_{key}"] = _mean(entry[key] for entry in figures)
@@ -123,7 +134,7 @@ def summarise(cases: Sequence[Mapping[str, Any]], thresholds: Mapping[str, Any] 
         "refusal_rate": float((verdicts == REFUSED).mean()),
         "confident_failure_rate": float(((verdicts == ACCEPTED) & (refined > floor + CONFIDENT_FAILURE_MM)).mean()),
     }
-    matches = [match for case in cases for match in case["guided"]]
+    matches = [match for own in auto for match in own]
     sure = [match for match in matches if is_confident(match, thresholds.get("match"))]
     result["confident_share"] = len(sure) / max(len(matches), 1)
     over = sum(match["error_mm"] > MATCH_LIMIT_MM for match in sure)

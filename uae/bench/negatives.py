@@ -108,7 +108,7 @@ def run_negatives(
         model: the weights.
         data_dir: folder of the real volumes.
         per_kind: see `negative_pairs`.
-        json_path: all records, written at the end.
+        json_path: all records, written after every pair.
         device: as in `embed`.
         progress: told the share of pairs done, stage "negatives".
         cancel: asked between and within pairs.
@@ -145,8 +145,8 @@ def run_negatives(
                 "inliers": found.inliers, "features": found.features,
             },
         }))
+        if json_path is not None:
+            write_json(json_path, {"negatives": records})
         logger.info("%s: %s, %d of %d mutual", pair.name, found.verdict, found.inliers, found.mutual)
-    if json_path is not None:
-        write_json(json_path, {"negatives": records})
     report(progress, "negatives", 1.0)
     return records

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from functools import cache
+
 import numpy as np
 
 from uae.phantom.canvas import Canvas, Ellipsoid, Hull, Tube, paint_union, rotation, smooth_path
@@ -105,6 +107,7 @@ def _grow(
     return tubes
 
 
+@cache
 def lung_vessels() -> list[tuple[str, Tube]]:
     """(side, tube) of the pulmonary vessels, the same in every body."""
     rng = np.random.default_rng(20240801)

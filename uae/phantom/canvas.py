@@ -228,7 +228,9 @@ class Ellipsoid:
             first += (c / float(radius)) ** 2
             second += (c / float(radius) ** 2) ** 2
         length = np.sqrt(first)
-        return (1.0 - length) * length / np.maximum(np.sqrt(second), 1e-6)
+        depth = (1.0 - length) * length / np.maximum(np.sqrt(second), 1e-6)
+        # The formula is 0/0 at the very centre.
+        return np.where(length < 1e-3, float(min(self.radii)), depth)
 
     def box(self) -> tuple[np.ndarray, np.ndarray]:
         """Canonical box (low, high), mm."""

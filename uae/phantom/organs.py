@@ -31,7 +31,7 @@ SPLEEN = Ellipsoid((100, 40, 186), (30, 51, 62), rotation(-25, 12, 30))
 BLADDER = Ellipsoid((0, -40, -78), (39, 33, 29))
 
 AORTA = Tube.through(
-    [(4, -18, 318), (-12, -30, 342), (-14, -28, 362), (0, -12, 381), (16, 12, 382), (25, 30, 366), (27, 40, 335),
+    [(4, -18, 318), (-12, -30, 342), (-14, -28, 362), (4, -20, 380), (23, 0, 383), (29, 27, 367), (27, 40, 335),
      (26, 42, 290), (22, 36, 245), (13, 20, 200), (8, 6, 155), (7, -4, 110), (5, -6, 62)],
     [16, 16, 15, 14, 13.5, 13, 12, 12, 11.5, 11, 10, 9.5, 9], 7.0,
 )  # fmt: skip
@@ -112,7 +112,7 @@ def paint_chest(canvas: Canvas) -> None:
     for tube in (vein, crossing):
         tube.paint(canvas, [(0.0, "vena_cava_superior", "venous")])
     AORTA.paint(canvas, [(0.0, "aorta", "arterial")])
-    for s, root in ((1, (14, 0, 388)), (-1, (-12, -16, 384))):
+    for s, root in ((1, (22, 2, 390)), (-1, (-12, -16, 384))):
         carotid = [root, (s * 20, -8, 412), (s * 26, -2, 445), (s * 28, 0, 490)]
         Tube.through(carotid, [6, 5, 4, 4]).paint(canvas, [(0.0, "neck_vessels", "arterial")])
         Tube.through([(s * 24, -30, 402), (s * 32, -14, 430), (s * 37, -6, 490)], 6.0).paint(
@@ -278,8 +278,8 @@ def paint_pelvis(canvas: Canvas) -> None:
 
 def organ_landmarks() -> dict[str, np.ndarray]:
     """Named landmarks of organs in canonical mm (those of bones: anatomy.landmarks)."""
-    found = {"carina": CARINA, "aortic_arch_top": np.array([8.0, 0.0, 391.0]), "heart_apex": HEART_APEX,
-             "aortic_bifurcation": np.array([5.0, -6.0, 60.0]), "bladder_center": np.asarray(BLADDER.center, float),
+    found = {"carina": CARINA, "aortic_arch_top": np.array([14.0, -10.0, 392.0]), "heart_apex": HEART_APEX,
+             "aortic_bifurcation": np.array([5.0, -6.0, 70.0]), "bladder_center": np.asarray(BLADDER.center, float),
              "gallbladder_center": np.array([-52.0, -52.0, 146.0])}  # fmt: skip
     for side, kidney in KIDNEYS.items():
         center, pole = np.asarray(kidney.center, float), kidney.axes[:, 2] * (kidney.radii[2] - 4.0)

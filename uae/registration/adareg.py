@@ -1,7 +1,8 @@
-"""AdaReg: the rigid (or affine) transform between two scans from matches of their embeddings, and whether it may be trusted.
+"""AdaReg: the rigid (or affine) transform between two scans from matches of their embeddings, and its verdict.
 
-After the paper's registration step (UAE-M, section "Registration"), with differences that make it safe to press as a button: matches must be
-mutual, the fit is robust, a fifth of the matches is never shown to any fit and judges it, and the verdict can be a refusal.
+After the paper's registration step (UAE-M, section "Registration"), with differences that make it safe to press as a
+button: matches must be mutual, the fit is robust, a fifth of the matches is never shown to any fit and judges it, and
+the verdict can be a refusal.
 """
 
 from __future__ import annotations
@@ -17,8 +18,9 @@ from uae.embedding import Embedding
 from uae.errors import InputError, NoConfidentResultError
 from uae.matching import mutual_matches
 from uae.progress import Cancel, Progress, check_cancel, report
+from uae.registration.hypotheses import best_hypothesis
 from uae.registration.masks import inside
-from uae.registration.rigid import arun, fit_affine, ransac, spread_mm
+from uae.registration.rigid import ELSEWHERE_MM, arun, fit_affine, ransac, spread_mm
 from uae.transform import Affine, Rigid
 from uae.volume import Volume
 
@@ -29,8 +31,12 @@ N_POINTS = 800  # our measurement; the authors use about one point per 18 ml
 CYCLE_MM = 8.0  # our measurement: two fine cells
 TOLERANCE_MM = 10.0  # our measurement; also the distance by which held-out matches are judged (the field's CPM@10mm)
 HELDOUT_SHARE = 0.2
+MIN_INLIERS = 4
 MIN_MATCHES = 8  # below it neither a fit nor a held-out share says anything
-AFFINE_STRETCH = (0.8, 1.25)  # patients differ in size by about this much; beyond it an affine fit follows wrong matches
+AFFINE_STRETCH = (
+    0.8,
+    1.25,
+)  # patients differ in size by about this much; beyond it an affine fit follows wrong matches
 
 DEFAULT_LIMITS: dict[str, dict[str, dict[str, float]]] = {
     "accepted": {
@@ -57,6 +63,8 @@ _WORDS = {
     "spread_mm": "spatial spread of the agreeing matches (mm)",
     "heldout_within_10mm": "share of held-out matches within 10 mm",
     "heldout_log10_p": "log10 of the probability of that share by chance",
+    "hypothesis_score": "similarity of the whole body at its predicted places",
+    "hypothesis_margin": "lead of that similarity over the best other place",
     "runner_up_ratio": "support of the second best place relative to the best",
     "stability_mm": "change of the result over random halves of the matches (mm)",
     "similarity_gain": "similarity at the predicted places above that around them",
@@ -68,7 +76,8 @@ _WORDS = {
 class AdaRegResult:
     """What AdaReg found; points and transform in mm, LPS.
 
-    transform: fixed -> moving, None where not even a candidate exists. A refused result keeps its candidate for measurements.
+    transform: fixed -> moving, None where not even a candidate exists. A refused result keeps its candidate for
+        measurements.
     heldout_*: on the matches that no fit has seen; the inlier median is over those of them within 10 mm.
     fixed_points, moving_points: (M, 3) all mutual matches; inlier_mask, heldout_mask: bool (M,); scores (M,).
     spread_mm: smallest principal standard deviation of the inliers in the fixed scan.
@@ -97,15 +106,19 @@ class AdaRegResult:
 
 def body_points(embedding: Embedding, mask: Volume | None = None) -> np.ndarray:
     """Centres (N, 3) mm of the fine cells inside the body and, where given, inside a mask image (voxels > 0)."""
-    points = embedding.fine_geometry.index_to_mm(np.argwhere(embedding.body & embedding.valid)[:, ::-1].astype(np.float64))
+    points = embedding.fine_geometry.index_to_mm(
+        np.argwhere(embedding.body & embedding.valid)[:, ::-1].astype(np.float64)
+    )
     return points[inside(mask, points)]
 
 
 def spread_sample(points: np.ndarray, count: int, rng: np.random.Generator) -> np.ndarray:
-    """About `count` of the points, one at random from each cube of equal size: random, yet even over the body (N, 3)."""
+    """About `count` of points (N, 3), one at random from each cube of equal size: random, yet even over the body."""
     if len(points) <= count:
         return points
-    shuffled = points[rng.permutation(len(points))[: 50 * count]]  # enough to fill every cube, and quick for whole torsos
+    shuffled = points[
+        rng.permutation(len(points))[: 50 * count]
+    ]  # enough to fill every cube, and quick for whole torsos
     offset = shuffled - shuffled.min(axis=0)
     low, high = 1.0, float(offset.max()) + 1.0
     for _ in range(30):  # bisection on the cube's edge
@@ -123,18 +136,20 @@ def verdict_of(features: dict[str, float], limits: dict[str, dict[str, dict[str,
 
     Args:
         features: figures by name.
-        limits: {"accepted": {figure: {"min": a, "max": b}}, "review": {...}}; None for DEFAULT_LIMITS.
+        limits: {"accepted": {figure: {"min": a, "max": b}}, "review": {...}}; DEFAULT_LIMITS where there
+            are none at all, and a verdict without limits of its own is never given.
 
     Returns:
-        The best verdict whose limits all hold, else "refused"; and the reason, naming what keeps the result from being better.
+        The best verdict whose limits all hold, else "refused"; and the reason, naming what keeps the result from being
+        better.
 
     Raises:
         InputError: a limit names an unknown figure.
     """
-    limits = DEFAULT_LIMITS if limits is None else limits
+    limits = limits or DEFAULT_LIMITS
     missed: dict[str, list[str]] = {}
     for level in (ACCEPTED, REVIEW):
-        missed[level] = []
+        missed[level] = [] if limits.get(level) else ["the model brings no limits for this verdict"]
         for name, bound in limits.get(level, {}).items():
             if name not in features:
                 raise InputError(f"registration limits name the unknown figure {name!r}; check the model's thresholds")
@@ -150,13 +165,17 @@ def verdict_of(features: dict[str, float], limits: dict[str, dict[str, dict[str,
     return REFUSED, "the scans could not be related with confidence: " + "; ".join(missed[REVIEW]) + _NEXT_STEP
 
 
-_NEXT_STEP = ". Check that both show the same region of one patient, restrict the search with masks, or start from landmarks set by hand"
+_NEXT_STEP = (
+    ". Check that both show the same region of one patient, restrict the search with masks, "
+    "or start from landmarks set by hand"
+)
 
 
 def _heldout(transform: Affine, source: np.ndarray, target: np.ndarray) -> dict[str, float]:
     """Judge a transform on matches it has not seen, against the share that chance gives.
 
-    Chance = how often the predicted place of one match lies within 10 mm of the match of another: it is high where all matches crowd in one corner.
+    Chance = how often the predicted place of one match lies within 10 mm of the match of another: it is high where all
+    matches crowd in one corner.
     """
     predicted = transform.apply(source)
     residual = np.linalg.norm(predicted - target, axis=1)
@@ -177,8 +196,14 @@ def _heldout(transform: Affine, source: np.ndarray, target: np.ndarray) -> dict[
     }
 
 
-def _stability(source: np.ndarray, target: np.ndarray, corners: np.ndarray, rng: np.random.Generator, rounds: int = 20) -> float:
-    """Median over random halves of the inliers of the largest movement (mm) of the body's corners (8, 3) between the two halves' fits."""
+def _stability(
+    source: np.ndarray, target: np.ndarray, corners: np.ndarray, rng: np.random.Generator, rounds: int = 20
+) -> float:
+    """How much the result depends on which matches agree, mm.
+
+    Median over random halves of the inliers of the largest distance between the two halves' places of the body's
+    corners (8, 3).
+    """
     moved = []
     for _ in range(rounds):
         order = rng.permutation(len(source))
@@ -191,10 +216,13 @@ def _stability(source: np.ndarray, target: np.ndarray, corners: np.ndarray, rng:
     return float(np.median(moved)) if moved else 1e3
 
 
-def _similarity_gain(source: Embedding, target: Embedding, transform: Affine, points: np.ndarray, step_mm: float = 24.0) -> float:
+def _similarity_gain(
+    source: Embedding, target: Embedding, transform: Affine, points: np.ndarray, step_mm: float = 24.0
+) -> float:
     """Mean over points (N, 3) of the similarity at the predicted place minus the mean over six places `step_mm` away.
 
-    It uses the whole body, also the places that gave no mutual match, so that agreement of a few matches alone cannot raise it.
+    It uses the whole body, also the places that gave no mutual match, so that agreement of a few matches alone cannot
+    raise it.
     """
     places = transform.apply(points)
     landed = target.geometry.contains(places)
@@ -208,14 +236,16 @@ def _similarity_gain(source: Embedding, target: Embedding, transform: Affine, po
             shifted = places + sign * step_mm * np.eye(3)[axis]
             usable = target.geometry.contains(shifted)
             if usable.any():
-                around[usable] += np.einsum("nd,nd->n", own[usable], target.descriptors(shifted[usable]).astype(np.float32))
+                around[usable] += np.einsum(
+                    "nd,nd->n", own[usable], target.descriptors(shifted[usable]).astype(np.float32)
+                )
                 known += usable
     both = known > 0
     return float(np.nanmean(at_place[both] - around[both] / known[both])) if both.any() else 0.0
 
 
 def _body_overlap(target: Embedding, transform: Affine, points: np.ndarray) -> float:
-    """Share of points (N, 3) of the source's body whose predicted cell belongs to the target's body; points outside its scan do not count."""
+    """Share of the source's body points (N, 3) that land in the target's body, of those that land in its scan."""
     index = np.rint(target.fine_geometry.mm_to_index(transform.apply(points))).astype(int)[:, ::-1]
     within = ((index >= 0) & (index < target.body.shape)).all(axis=1)
     index = index[within]
@@ -231,8 +261,14 @@ def _affine(rigid: Rigid, source: np.ndarray, target: np.ndarray) -> Affine:
         log.warning("affine: %s; the rigid transform is kept", error)
         return rigid
     stretch = np.linalg.svd(affine.matrix[:3, :3], compute_uv=False)
-    if stretch.min() < AFFINE_STRETCH[0] or stretch.max() > AFFINE_STRETCH[1] or np.linalg.det(affine.matrix[:3, :3]) <= 0:
-        log.warning("affine: stretches of %s are implausible for patients; the rigid transform is kept", np.round(stretch, 2))
+    if (
+        stretch.min() < AFFINE_STRETCH[0]
+        or stretch.max() > AFFINE_STRETCH[1]
+        or np.linalg.det(affine.matrix[:3, :3]) <= 0
+    ):
+        log.warning(
+            "affine: stretches of %s are implausible for patients; the rigid transform is kept", np.round(stretch, 2)
+        )
         return rigid
     return affine
 
@@ -251,15 +287,20 @@ def estimate(
 ) -> AdaRegResult:
     """Estimate fixed -> moving from two embeddings of one model.
 
-    The search runs from the smaller body to the larger one (a point of the larger is often outside the smaller); the result does not show it.
+    The search runs from the smaller body to the larger one (a point of the larger is often outside the smaller); the
+    result does not show it.
 
     Args:
-        fixed, moving: embeddings.
+        fixed: embedding of the scan that stays.
+        moving: embedding of the other scan, by the same model.
         limits: the model's calibrated limits (see `verdict_of`), None for the strict defaults.
         n_points: queried points, evenly over the smaller body.
         affine: add a robust affine fit on the inliers; the verdict rests on the rigid one.
         seed: of all random choices.
-        fixed_mask, moving_mask: images > 0 where matches may lie.
+        fixed_mask: image > 0 where matches may lie in the fixed scan.
+        moving_mask: the same for the moving scan.
+        progress: told the stage "match".
+        cancel: asked during the search.
 
     Returns:
         The transform with verdict and figures; never raises for scans that do not fit together, it refuses.
@@ -272,7 +313,9 @@ def estimate(
     bodies = {"fixed": body_points(fixed, fixed_mask), "moving": body_points(moving, moving_mask)}
     for name, points in bodies.items():
         if not len(points):
-            raise InputError(f"no body was found in the {name} image (or inside its mask); check the image, its modality and the mask")
+            raise InputError(
+                f"no body was found in the {name} image (or inside its mask); check image, modality and mask"
+            )
     swap = len(bodies["moving"]) <= len(bodies["fixed"])
     source, target = (moving, fixed) if swap else (fixed, moving)
     body = bodies["moving" if swap else "fixed"]
@@ -283,10 +326,14 @@ def estimate(
     found_source, found_target, scores, cycle = mutual_matches(source, target, queries, cycle_mm=CYCLE_MM)
     check_cancel(cancel)
     report(progress, "match", 0.8)
-    mutual = np.isfinite(cycle) & (cycle <= CYCLE_MM) & inside(source_mask, found_source) & inside(target_mask, found_target)
+    mutual = (
+        np.isfinite(cycle) & (cycle <= CYCLE_MM) & inside(source_mask, found_source) & inside(target_mask, found_target)
+    )
     a, b, scores = found_source[mutual], found_target[mutual], np.asarray(scores, dtype=np.float64)[mutual]
     pair = (b, a) if swap else (a, b)
-    result = AdaRegResult(REFUSED, "", queried=len(queries), mutual=len(a), fixed_points=pair[0], moving_points=pair[1], scores=scores)
+    result = AdaRegResult(
+        REFUSED, "", queried=len(queries), mutual=len(a), fixed_points=pair[0], moving_points=pair[1], scores=scores
+    )
     result.heldout_mask = np.zeros(len(a), dtype=bool)
     result.inlier_mask = np.zeros(len(a), dtype=bool)
     if len(a) < MIN_MATCHES:
@@ -296,13 +343,23 @@ def estimate(
     fit = ~result.heldout_mask
     try:
         winner = ransac(a[fit], b[fit], tolerance_mm=TOLERANCE_MM, seed=seed)
+        seen = np.ones(len(queries), dtype=bool)
+        seen[np.flatnonzero(mutual)[result.heldout_mask]] = False
+        chosen = best_hypothesis(source, target, a[fit], b[fit], queries[seen], seed, cancel)
     except NoConfidentResultError as error:
         result.reason = f"{error}{_NEXT_STEP}"
         return result
-    rigid = winner.transform
-    result.inlier_mask[fit] = winner.inliers
+    rigid = chosen.transform
+    result.inlier_mask[fit] = np.linalg.norm(rigid.apply(a[fit]) - b[fit], axis=1) <= TOLERANCE_MM
     agreed = result.inlier_mask
-    corners = np.stack(np.meshgrid(*np.stack([body.min(axis=0), body.max(axis=0)]).T, indexing="ij"), axis=-1).reshape(8, 3)
+    if agreed.sum() < MIN_INLIERS:
+        result.reason = f"only {int(agreed.sum())} of {len(a)} mutual matches agree with any one place{_NEXT_STEP}"
+        return result
+    elsewhere = np.linalg.norm(rigid.apply(a[fit]) - winner.transform.apply(a[fit]), axis=1).mean() > ELSEWHERE_MM
+    runner_up = int(winner.inliers.sum()) if elsewhere else winner.runner_up
+    corners = np.stack(np.meshgrid(*np.stack([body.min(axis=0), body.max(axis=0)]).T, indexing="ij"), axis=-1).reshape(
+        8, 3
+    )
     spread = spread_mm(pair[0][agreed])
     result.features = {
         "queried": len(queries),
@@ -312,14 +369,16 @@ def estimate(
         "inliers": int(agreed.sum()),
         "inlier_share": float(agreed.sum() / fit.sum()),
         "inlier_query_share": float(agreed.sum() / len(queries)),
-        "inlier_median_mm": float(np.median(np.linalg.norm(rigid.apply(a[agreed]) - b[agreed], axis=1))) if agreed.any() else math.nan,
-        "inlier_score_median": float(np.median(scores[agreed])) if agreed.any() else 0.0,
+        "inlier_median_mm": float(np.median(np.linalg.norm(rigid.apply(a[agreed]) - b[agreed], axis=1))),
+        "inlier_score_median": float(np.median(scores[agreed])),
         "mutual_score_median": float(np.median(scores)),
         "spread_mm": float(spread[2]),
         "spread_largest_mm": float(spread[0]),
         # Relative to the whole body searched: inliers crowded in one corner of a large scan turn badly.
         "spread_relative": float(spread[2] / max(spread_mm(body)[2], 1e-6)),
-        "runner_up_ratio": float(winner.runner_up / max(int(winner.inliers.sum()), 1)),
+        "runner_up_ratio": float(runner_up / int(agreed.sum())),
+        "hypothesis_score": chosen.score,
+        "hypothesis_margin": chosen.margin,
         "rotation_deg": float(rigid.rotation_angle_deg()),
         "stability_mm": _stability(a[agreed], b[agreed], corners, rng),
         "similarity_gain": _similarity_gain(source, target, rigid, queries),
@@ -336,5 +395,12 @@ def estimate(
     linear = _affine(rigid, a[agreed], b[agreed]) if affine else rigid
     result.transform = linear.inverse() if swap else linear
     report(progress, "match", 1.0)
-    log.info("AdaReg: %s, %d of %d mutual matches of %d points agree: %s", result.verdict, result.inliers, result.mutual, result.queried, result.reason)
+    log.info(
+        "AdaReg: %s, %d of %d mutual matches of %d points agree: %s",
+        result.verdict,
+        result.inliers,
+        result.mutual,
+        result.queried,
+        result.reason,
+    )
     return result

@@ -14,7 +14,7 @@ if TYPE_CHECKING:
 
 
 def inside(mask: Volume | None, points: np.ndarray) -> np.ndarray:
-    """bool (N,): points (N, 3) mm where the mask image is > 0; all True without a mask, False outside its grid."""
+    """Bool (N,): points (N, 3) mm where the mask image is > 0; all True without a mask, False outside its grid."""
     if mask is None or not len(points):
         return np.ones(len(points), dtype=bool)
     return mask.sample(points, fill=0.0, order=0) > 0

@@ -26,9 +26,10 @@ OWNED = (REPORT, RIGID, AFFINE, FIELD, IMAGE, MASK, OVERVIEW)
 
 
 def write_result(result: RegistrationResult, folder: str | Path) -> list[Path]:
-    """Write a registration into a folder (made if need be); files of an earlier result that do not belong to this one are removed.
+    """Write a registration into a folder, made if need be; left-over files of an earlier result are removed.
 
-    A refused result leaves only `report.json`; whoever called raises NoConfidentResultError, since the folder is complete by then.
+    A refused result leaves only `report.json`; whoever called raises NoConfidentResultError, since the folder is
+    complete by then.
 
     Args:
         result: of `register` or `deform`.
@@ -70,7 +71,8 @@ def _write_all(result: RegistrationResult, folder: Path) -> None:
         write_transform(folder / (AFFINE if result.affine else RIGID), result.linear)
         if result.field is not None:
             write_transform(folder / FIELD, result.field)
-        # Filled outside with air or the MR minimum (Volume.default_fill); one interpolation, through the whole composition.
+        # Filled outside with air or the MR minimum (Volume.default_fill); one interpolation, through the whole
+        # composition.
         carried, mask = resample_with_mask(result.moving, result.fixed.geometry, result.transform)
         carried.write(folder / IMAGE)
         mask.write(folder / MASK)

@@ -35,7 +35,9 @@ __all__ = ["RegisterOptions", "RegistrationResult", "deform", "register", "write
 log = logging.getLogger(__name__)
 
 NETWORK_VOXEL_MM = 2.0  # the unit of the margin
-MAX_FOLDING = 0.005  # share of body voxels; TG-132 wants none, and some voxels at organ borders fold in any discrete solver
+MAX_FOLDING = (
+    0.005  # share of body voxels; TG-132 wants none, and some voxels at organ borders fold in any discrete solver
+)
 
 
 @dataclass
@@ -69,7 +71,8 @@ class RegistrationResult:
     """What a registration found; transforms run fixed -> moving in mm, LPS.
 
     status: accepted, review or refused; reason: why.
-    linear: R, also of a refused registration where there is a candidate (for measurements; it is never written), else None.
+    linear: R, also of a refused registration where there is a candidate (for measurements; it is never written), else
+        None.
     field: tapered u of x_moving = R(x + u(x)), None where there is no deformable part.
     affine: write the linear part as affine.tfm.
     report: what report.json holds.
@@ -122,10 +125,12 @@ def register(
     """Register a moving scan to a fixed one by anatomical embeddings.
 
     Args:
-        fixed, moving: scans with their modality decided; any grid, any overlap, no common frame needed.
+        fixed: the scan that stays, modality decided; any grid.
+        moving: the scan to be brought to it; any overlap, no common frame needed.
         model: trained weights; `thresholds["registration"]` holds the calibrated limits of the verdict.
         options: see RegisterOptions.
-        progress: told the stages "embedding", "match", "refine" and the solver's own. cancel: asked inside all of them.
+        progress: told the stages "embedding", "match", "refine" and the solver's own.
+        cancel: asked inside all of them.
 
     Returns:
         The result with its report. A refusal is a result and raises nothing here.
@@ -146,7 +151,15 @@ def register(
     for name, volume in (("fixed", fixed), ("moving", moving)):
         with clock.stage(f"embed_{name}"):
             embeddings.append(
-                embed(volume, model, options.device, options.memory_mb, cache=options.cache, progress=progress, cancel=cancel)
+                embed(
+                    volume,
+                    model,
+                    options.device,
+                    options.memory_mb,
+                    cache=options.cache,
+                    progress=progress,
+                    cancel=cancel,
+                )
             )
     with clock.stage("match"):
         found = estimate(
@@ -160,12 +173,18 @@ def register(
             progress=progress,
             cancel=cancel,
         )
-    result = RegistrationResult(found.verdict, found.reason, fixed, moving, found.transform, affine=options.affine, adareg=found)
-    bodies = [both(body_volume(e), m) for e, m in zip(embeddings, (options.fixed_mask, options.moving_mask), strict=True)]
+    result = RegistrationResult(
+        found.verdict, found.reason, fixed, moving, found.transform, affine=options.affine, adareg=found
+    )
+    bodies = [
+        both(body_volume(e), m) for e, m in zip(embeddings, (options.fixed_mask, options.moving_mask), strict=True)
+    ]
     deformable = None
     if result.status != REFUSED and options.refine:
         with clock.stage("refine"):
-            refined = refine_rigid(fixed, moving, result.linear, *bodies, seed=options.seed, progress=progress, cancel=cancel)
+            refined = refine_rigid(
+                fixed, moving, result.linear, *bodies, seed=options.seed, progress=progress, cancel=cancel
+            )
         result.refinement, result.linear = refined, refined.transform
         if refined.failed:
             _review(result, refined.reason)
@@ -175,8 +194,8 @@ def register(
     center, percent = _overlap(embeddings, result.linear, options)
     device = describe_device(resolve_device(options.device))
     result.report = build_report(
-        result.status, result.reason, result.linear, center, percent, found, result.refinement, deformable, model, device,
-        clock.total(), fixed, moving,
+        result.status, result.reason, result.linear, center, percent, found, result.refinement, deformable,
+        model, device, clock.total(), fixed, moving,
     )  # fmt: skip
     return result
 
@@ -196,8 +215,16 @@ def deform(
     """The deformable step alone, from a given linear transform.
 
     Args:
-        fixed, moving: scans. initial: fixed -> moving; identity where None.
-        preset, fixed_mask, moving_mask, margin_voxels, threads: see RegisterOptions.
+        fixed: the scan that stays.
+        moving: the scan to be deformed onto it.
+        initial: fixed -> moving; identity where None.
+        preset: of the solver.
+        fixed_mask: image > 0 where the fixed scan counts.
+        moving_mask: the same for the moving scan.
+        margin_voxels: 2 mm voxels around the overlap.
+        threads: of the solver.
+        progress: told the solver's stages.
+        cancel: asked inside them.
 
     Returns:
         A result with status "review", since nothing but the images themselves vouches for it.
@@ -252,7 +279,7 @@ def _review(result: RegistrationResult, reason: str) -> None:
 def _overlap(
     embeddings: list[Embedding], linear: Affine | None, options: RegisterOptions
 ) -> tuple[np.ndarray | None, float | None]:
-    """Centre (3,) mm of the overlap in fixed space, and the percentage of the smaller body that lies inside the other scan."""
+    """Centre (3,) mm of the overlap in fixed space, and the percentage of the smaller body inside the other scan."""
     if linear is None:
         return None, None
     from uae.registration.adareg import body_points
@@ -271,7 +298,7 @@ def _overlap(
 
 
 def _valid(embedding: Embedding, points: np.ndarray) -> np.ndarray:
-    """bool (N,): points (N, 3) mm in a fine cell inside the scan."""
+    """Bool (N,): points (N, 3) mm in a fine cell inside the scan."""
     return inside(Volume(embedding.valid.astype(np.uint8), embedding.fine_geometry), points)
 
 
@@ -279,14 +306,19 @@ def crop_geometry(geometry: Geometry, points: np.ndarray, margin_mm: float) -> G
     """The part of a grid that holds points (N, 3) mm with a margin on all sides, not larger than the grid."""
     index = geometry.mm_to_index(points)
     margin = margin_mm / geometry.spacing
-    first = np.clip(np.floor(index.min(axis=0) - margin), 0, geometry.size - 1)
-    last = np.clip(np.ceil(index.max(axis=0) + margin), 0, geometry.size - 1)
+    # A millionth of a voxel of rounding must not add a plane.
+    first = np.clip(np.floor(index.min(axis=0) - margin + 1e-6), 0, geometry.size - 1)
+    last = np.clip(np.ceil(index.max(axis=0) + margin - 1e-6), 0, geometry.size - 1)
     shape = tuple(int(n) for n in (last - first + 1)[::-1])
     return Geometry(shape, geometry.spacing, geometry.index_to_mm(first)[0], geometry.direction)
 
 
 def _deform(
-    result: RegistrationResult, options: RegisterOptions, body: Volume | None, progress: Progress | None, cancel: Cancel | None
+    result: RegistrationResult,
+    options: RegisterOptions,
+    body: Volume | None,
+    progress: Progress | None,
+    cancel: Cancel | None,
 ) -> dict[str, Any]:
     """Run DEEDS on the dilated overlap, taper its field into `result` and return its figures."""
     from uae import deeds
@@ -296,7 +328,9 @@ def _deform(
     points = points[inside(options.fixed_mask, points)]
     points = points[inside(options.moving_mask, linear.apply(points))]
     if not len(points):
-        raise InputError("the scans (or their masks) do not overlap under the linear transform; give a better --initial")
+        raise InputError(
+            "the scans (or their masks) do not overlap under the linear transform; give a better --initial"
+        )
     found = deeds.register(
         fixed,
         moving,
@@ -332,7 +366,8 @@ def _deformable_figures(
         "folding": jacobian["folding"],
         "jacobian": jacobian,
         "folding_outside_overlap_nodes": folding_outside,
-        # The stored inverse is exact; how far the solver's own way back differs from it is what the two directions disagree about.
+        # The stored inverse is exact; how far the solver's own way back differs from it is what the two directions
+        # disagree about.
         "inverse_consistency_mm": found.consistency_mm,
         "largest_mm": float(np.linalg.norm(result.field.vectors, axis=-1).max()),
         "taper_mm": width,

@@ -1,7 +1,8 @@
 """Least-squares and robust linear transforms from matched points.
 
-The paper's AdaReg fits an unweighted rigid transform (Arun, SVD) to all matches above a score. Free matches of two unrelated scans also reach high
-scores, so here the fit is RANSAC over matches that survived a mutual check, followed by a re-weighted Arun. All points are millimetres, LPS, (N, 3).
+The paper's AdaReg fits an unweighted rigid transform (Arun, SVD) to all matches above a score. Free matches of two
+unrelated scans also reach high scores, so here the fit is RANSAC over matches that survived a mutual check, followed by
+a re-weighted Arun. All points are millimetres, LPS, (N, 3).
 """
 
 from __future__ import annotations
@@ -19,7 +20,9 @@ log = logging.getLogger(__name__)
 RANSAC_ITERATIONS = 4000  # our measurement on simulated MR -> CT pairs, as the two limits below
 RANSAC_TOLERANCE_MM = 10.0
 RANSAC_MAX_ROTATION_DEG = 40.0
-ELSEWHERE_MM = 20.0  # another place of the anatomy: about one vertebral level, the distance used for competitors of a match
+ELSEWHERE_MM = (
+    20.0  # another place of the anatomy: about one vertebral level, the distance used for competitors of a match
+)
 _CHUNK = 256  # hypotheses scored at once: keeps the residual block of some hundred matches inside the cache
 
 
@@ -29,7 +32,8 @@ class RansacResult:
 
     transform: rigid source -> target after the re-weighted fit.
     inliers: bool (N,), residual within the tolerance under `transform`.
-    runner_up: support of the best hypothesis that puts the matches more than ELSEWHERE_MM away from where the winner puts them.
+    runner_up: support of the best hypothesis that puts the matches more than ELSEWHERE_MM away from where the winner
+        puts them.
     hypotheses: number of triples scored.
     """
 
@@ -43,12 +47,14 @@ def _pairs(source: np.ndarray, target: np.ndarray, least: int) -> tuple[np.ndarr
     """Validate matched points; returns float64 copies (N, 3)."""
     source, target = np.asarray(source, dtype=np.float64), np.asarray(target, dtype=np.float64)
     if source.ndim != 2 or source.shape[1] != 3 or source.shape != target.shape:
-        raise InputError(f"matched points must be two (N, 3) lists of one length, not {source.shape} and {target.shape}; check the point lists")
+        raise InputError(
+            f"matched points must be two (N, 3) lists of one length, not {source.shape} and {target.shape}; check them"
+        )
     if not (np.isfinite(source).all() and np.isfinite(target).all()):
         raise InputError("matched points contain NaN or infinite coordinates; remove these points")
     if len(source) < least:
         raise NoConfidentResultError(
-            f"only {len(source)} matched points, {least} are needed for a fit; check that both scans show the same region"
+            f"only {len(source)} matched points, {least} are needed for a fit; check that the scans show one region"
         )
     return source, target
 
@@ -62,12 +68,13 @@ def _weights(weights: np.ndarray | None, count: int) -> np.ndarray:
 
 
 def _kabsch(source: np.ndarray, target: np.ndarray, weights: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Batched weighted Arun/Kabsch: (B, N, 3), (B, N, 3), (B, N) summing to 1 -> rotations (B, 3, 3), translations (B, 3)."""
+    """Weighted Arun for B sets: (B, N, 3), (B, N, 3), weights (B, N) summing to 1 -> (B, 3, 3), (B, 3)."""
     source_mean = np.einsum("bn,bni->bi", weights, source)
     target_mean = np.einsum("bn,bni->bi", weights, target)
     covariance = np.einsum("bn,bni,bnj->bij", weights, source - source_mean[:, None], target - target_mean[:, None])
     left, _, right = np.linalg.svd(covariance)
-    # A determinant of -1 is the mirrored optimum: turning the weakest axis back gives the best proper rotation (Arun 1987, Umeyama 1991).
+    # A determinant of -1 is the mirrored optimum: turning the weakest axis back gives the best proper rotation (Arun
+    # 1987, Umeyama 1991).
     sign = np.sign(np.linalg.det(np.einsum("bij,bjk->bik", left, right)))
     flip = np.ones_like(source_mean)
     flip[:, 2] = np.where(sign < 0, -1.0, 1.0)
@@ -76,7 +83,7 @@ def _kabsch(source: np.ndarray, target: np.ndarray, weights: np.ndarray) -> tupl
 
 
 def spread_mm(points: np.ndarray) -> np.ndarray:
-    """Standard deviations (3,) in mm of points (N, 3) along their principal axes, largest first; zeros for fewer than two points."""
+    """Standard deviations (3,) mm of points (N, 3) along their principal axes, largest first; zeros for one point."""
     points = np.asarray(points, dtype=np.float64)
     if len(points) < 2:
         return np.zeros(3)
@@ -100,13 +107,19 @@ def arun(source: np.ndarray, target: np.ndarray, weights: np.ndarray | None = No
     for points in (source[weights > 0], target[weights > 0]):
         deviation = spread_mm(points)
         if deviation[1] <= 1e-6 * max(deviation[0], 1.0):
-            raise NoConfidentResultError("the matched points lie on one line, so the rotation is undetermined; use points that spread in space")
+            raise NoConfidentResultError(
+                "the matched points lie on one line, so the rotation is undetermined; use points that spread in space"
+            )
     rotation, translation = _kabsch(source[None], target[None], weights[None])
     return Rigid.from_rotation(rotation[0], translation[0])
 
 
 def fit_affine(
-    source: np.ndarray, target: np.ndarray, weights: np.ndarray | None = None, huber_mm: float | None = 4.0, iterations: int = 20
+    source: np.ndarray,
+    target: np.ndarray,
+    weights: np.ndarray | None = None,
+    huber_mm: float | None = 4.0,
+    iterations: int = 20,
 ) -> Affine:
     """Affine source -> target by iteratively re-weighted least squares with Huber weights on the 3-D residual.
 
@@ -114,7 +127,8 @@ def fit_affine(
         source: (N, 3) mm, N >= 4, not all in one plane.
         target: (N, 3) mm.
         weights: (N,) >= 0, or None.
-        huber_mm: residual from which a match counts only linearly (4 mm is one cell of the fine grid); None = plain least squares.
+        huber_mm: residual from which a match counts only linearly (4 mm is one cell of the fine grid); None = plain
+            least squares.
         iterations: re-weighting rounds.
 
     Raises:
@@ -125,7 +139,9 @@ def fit_affine(
     base = _weights(weights, len(source))
     deviation = spread_mm(source[base > 0])
     if deviation[2] <= 1e-6 * max(deviation[0], 1.0):
-        raise NoConfidentResultError("the matched points lie in one plane, so an affine transform is undetermined; use the rigid transform")
+        raise NoConfidentResultError(
+            "the matched points lie in one plane, so an affine transform is undetermined; use the rigid transform"
+        )
     center = base @ source  # centring keeps the system well conditioned when the patient origin is far away
     system = np.column_stack([source - center, np.ones(len(source))])
     current = base
@@ -141,10 +157,13 @@ def fit_affine(
     return Affine(matrix)
 
 
-def trimmed_rigid(source: np.ndarray, target: np.ndarray, initial: Rigid, tolerance_mm: float, iterations: int = 20) -> Rigid:
+def trimmed_rigid(
+    source: np.ndarray, target: np.ndarray, initial: Rigid, tolerance_mm: float, iterations: int = 20
+) -> Rigid:
     """Polish a rigid transform: Arun re-weighted by Tukey's biweight, which is zero beyond `tolerance_mm`.
 
-    The smooth weight keeps the result from jumping when a match crosses the limit. Returns `initial` where too few matches support a fit.
+    The smooth weight keeps the result from jumping when a match crosses the limit. Returns `initial` where too few
+    matches support a fit.
     """
     source, target = _pairs(source, target, 3)
     current = initial
@@ -164,11 +183,13 @@ def trimmed_rigid(source: np.ndarray, target: np.ndarray, initial: Rigid, tolera
     return current
 
 
-def _draw_triples(source: np.ndarray, target: np.ndarray, wanted: int, tolerance_mm: float, rng: np.random.Generator) -> np.ndarray:
+def _draw_triples(
+    source: np.ndarray, target: np.ndarray, wanted: int, tolerance_mm: float, rng: np.random.Generator
+) -> np.ndarray:
     """Index triples (M <= wanted, 3) whose triangles are wide enough and of similar size on both sides.
 
-    A rigid transform keeps distances, so a triple whose sides differ by more than the tolerance cannot be all right; dropping it before scoring
-    lets the same number of hypotheses reach far lower shares of right matches.
+    A rigid transform keeps distances, so a triple whose sides differ by more than the tolerance cannot be all right;
+    dropping it before scoring lets the same number of hypotheses reach far lower shares of right matches.
     """
     height = min(2.0 * tolerance_mm, 0.5 * spread_mm(source)[1])
     kept: list[np.ndarray] = []
@@ -179,12 +200,90 @@ def _draw_triples(source: np.ndarray, target: np.ndarray, wanted: int, tolerance
         sides_a = np.linalg.norm(a - np.roll(a, 1, axis=1), axis=2)
         sides_b = np.linalg.norm(b - np.roll(b, 1, axis=1), axis=2)
         area = 0.5 * np.linalg.norm(np.cross(a[:, 1] - a[:, 0], a[:, 2] - a[:, 0]), axis=1)
-        good = (np.abs(sides_a - sides_b) <= tolerance_mm).all(axis=1) & (2.0 * area >= height * sides_a.max(axis=1)) & (area > 1e-6)
+        good = (
+            (np.abs(sides_a - sides_b) <= tolerance_mm).all(axis=1)
+            & (2.0 * area >= height * sides_a.max(axis=1))
+            & (area > 1e-6)
+        )
         kept.append(triples[good])
         found += int(good.sum())
         if found >= wanted:
             break
     return np.concatenate(kept)[:wanted]
+
+
+def _scored_hypotheses(
+    source: np.ndarray,
+    target: np.ndarray,
+    tolerance_mm: float,
+    iterations: int,
+    max_rotation_deg: float,
+    seed: int,
+) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
+    """Rigid hypotheses of random triples: (H, 3, 3), (H, 3), MSAC cost (H,) and number of inliers (H,)."""
+    triples = _draw_triples(source, target, iterations, tolerance_mm, np.random.default_rng(seed))
+    if not len(triples):
+        raise NoConfidentResultError(
+            "no three matches agree with a rigid transform; check that both scans show the same region"
+        )
+    rotation, translation = _kabsch(source[triples], target[triples], np.full(triples.shape, 1.0 / 3.0))
+    angle = np.degrees(np.arccos(np.clip((np.trace(rotation, axis1=1, axis2=2) - 1.0) / 2.0, -1.0, 1.0)))
+    allowed = angle <= max_rotation_deg
+    if not allowed.any():
+        raise NoConfidentResultError(
+            f"all agreeing matches turn by more than {max_rotation_deg:.0f} degrees; check the scans' orientation"
+        )
+    rotation, translation = rotation[allowed], translation[allowed]
+    cost, count = np.empty(len(rotation)), np.empty(len(rotation), dtype=int)
+    for start in range(0, len(rotation), _CHUNK):
+        part = slice(start, start + _CHUNK)
+        predicted = source @ rotation[part].transpose(0, 2, 1) + translation[part, None]
+        squared = np.square(predicted - target).sum(axis=2)
+        count[part] = (squared <= tolerance_mm**2).sum(axis=1)
+        # MSAC: closer inliers count more (Torr and Zisserman 2000)
+        cost[part] = np.minimum(squared, tolerance_mm**2).sum(axis=1)
+    return rotation, translation, cost, count
+
+
+def distinct_rigids(
+    source: np.ndarray,
+    target: np.ndarray,
+    corners: np.ndarray,
+    most: int,
+    apart_mm: float,
+    tolerance_mm: float = RANSAC_TOLERANCE_MM,
+    iterations: int = 2 * RANSAC_ITERATIONS,
+    max_rotation_deg: float = RANSAC_MAX_ROTATION_DEG,
+    seed: int = 0,
+) -> list[Rigid]:
+    """The best hypotheses of `ransac` that differ from each other, best first.
+
+    Args:
+        source: (N, 3) mm.
+        target: (N, 3) mm.
+        corners: (8, 3) mm of the source's body.
+        most: how many at most.
+        apart_mm: mean distance of the carried corners from which two hypotheses differ.
+        tolerance_mm: see `ransac`.
+        iterations: see `ransac`.
+        max_rotation_deg: see `ransac`.
+        seed: see `ransac`.
+
+    Raises:
+        NoConfidentResultError, InputError: as `ransac`.
+    """
+    source, target = _pairs(source, target, 3)
+    rotation, translation, cost, _ = _scored_hypotheses(
+        source, target, tolerance_mm, iterations, max_rotation_deg, seed
+    )
+    kept: list[int] = []
+    places = corners @ rotation.transpose(0, 2, 1) + translation[:, None]
+    for index in np.argsort(cost, kind="stable"):
+        if all(np.linalg.norm(places[index] - places[other], axis=1).mean() > apart_mm for other in kept):
+            kept.append(int(index))
+            if len(kept) == most:
+                break
+    return [Rigid.from_rotation(rotation[index], translation[index]) for index in kept]
 
 
 def ransac(
@@ -202,7 +301,8 @@ def ransac(
         target: (N, 3) mm.
         tolerance_mm: residual up to which a match is an inlier.
         iterations: triples scored.
-        max_rotation_deg: hypotheses that turn further are dropped (patients lie alike in CT and MR; 40 degrees covers head-first tilts).
+        max_rotation_deg: hypotheses that turn further are dropped (patients lie alike in CT and MR; 40 degrees covers
+            head-first tilts).
         seed: of the random triples; the same seed gives the same result.
 
     Raises:
@@ -210,26 +310,13 @@ def ransac(
         InputError: wrong shapes, NaN.
     """
     source, target = _pairs(source, target, 3)
-    triples = _draw_triples(source, target, iterations, tolerance_mm, np.random.default_rng(seed))
-    if not len(triples):
-        raise NoConfidentResultError("no three matches agree with a rigid transform; check that both scans show the same region")
-    rotation, translation = _kabsch(source[triples], target[triples], np.full(triples.shape, 1.0 / 3.0))
-    angle = np.degrees(np.arccos(np.clip((np.trace(rotation, axis1=1, axis2=2) - 1.0) / 2.0, -1.0, 1.0)))
-    allowed = angle <= max_rotation_deg
-    if not allowed.any():
-        raise NoConfidentResultError(
-            f"every agreeing triple of matches turns by more than {max_rotation_deg:.0f} degrees; check the orientation of both scans"
-        )
-    rotation, translation = rotation[allowed], translation[allowed]
-    cost, count = np.empty(len(rotation)), np.empty(len(rotation), dtype=int)
-    for start in range(0, len(rotation), _CHUNK):
-        part = slice(start, start + _CHUNK)
-        predicted = source @ rotation[part].transpose(0, 2, 1) + translation[part, None]
-        squared = np.square(predicted - target).sum(axis=2)
-        count[part] = (squared <= tolerance_mm**2).sum(axis=1)
-        cost[part] = np.minimum(squared, tolerance_mm**2).sum(axis=1)  # MSAC: closer inliers count more (Torr and Zisserman 2000)
+    rotation, translation, cost, count = _scored_hypotheses(
+        source, target, tolerance_mm, iterations, max_rotation_deg, seed
+    )
     best = int(np.argmin(cost))
-    center = source[np.square(source @ rotation[best].T + translation[best] - target).sum(axis=1) <= tolerance_mm**2].mean(axis=0)
+    center = source[
+        np.square(source @ rotation[best].T + translation[best] - target).sum(axis=1) <= tolerance_mm**2
+    ].mean(axis=0)
     places = rotation @ center + translation
     elsewhere = np.linalg.norm(places - places[best], axis=1) > ELSEWHERE_MM
     transform = trimmed_rigid(source, target, Rigid.from_rotation(rotation[best], translation[best]), tolerance_mm)

@@ -44,8 +44,9 @@ def plain(value: Any) -> Any:
 def linear_figures(linear: Affine, center: np.ndarray) -> dict[str, Any]:
     """Matrix, shift and rotation of a linear transform about a centre (3,) mm in fixed space.
 
-    The shift is how far the centre of the overlap moves from fixed to moving, along left-right, anterior-posterior and cranio-caudal; positive towards
-    left, posterior and cranial. It does not depend on where the scanners put their origin of rotation.
+    The shift is how far the centre of the overlap moves from fixed to moving, along left-right, anterior-posterior and
+    cranio-caudal; positive towards left, posterior and cranial. It does not depend on where the scanners put their
+    origin of rotation.
     """
     probes = center + 100.0 * np.vstack([np.zeros(3), np.eye(3), -np.eye(3)])
     rotation = arun(probes, linear.apply(probes))  # the rotation closest to an affine
@@ -91,7 +92,8 @@ def refinement_figures(result: RefineResult | None) -> dict[str, Any]:
 def input_figures(volume: Volume) -> dict[str, Any]:
     """File, hash, UIDs where known, modality and how it was decided.
 
-    The hash is of the file's bytes; a DICOM folder or a volume made in memory has no single file, so there it is of the voxels.
+    The hash is of the file's bytes; a DICOM folder or a volume made in memory has no single file, so there it is of the
+    voxels.
     """
     path = Path(volume.path) if volume.path else None
     is_file = path is not None and path.is_file()
@@ -138,6 +140,7 @@ def build_report(
             "seconds": {name: round(value, 3) for name, value in seconds.items()},
             "inputs": {"fixed": input_figures(fixed), "moving": input_figures(moving)},
             "versions": {"uae": uae.__version__, "python": platform.python_version(), **versions()},
-            "intended_use": "research; not a medical device" + ("; deformable part: contour support, not dose" if deformable else ""),
+            "intended_use": "research; not a medical device"
+            + ("; deformable part: contour support, not dose" if deformable else ""),
         }
     )

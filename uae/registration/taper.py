@@ -1,7 +1,7 @@
-"""From a deformation on a crop to one that can be used anywhere: the residual u of x -> R(x + u(x)), tapered to zero outside the overlap.
+"""From a deformation on a crop to one that can be used anywhere: u of x -> R(x + u(x)), tapered to zero outside.
 
-Viewers treat the outside of a displacement grid differently (MRML keeps the border value, ITK gives zero), so u must be zero on the border, and it must
-get there without folding space.
+Viewers treat the outside of a displacement grid differently (MRML keeps the border value, ITK gives zero), so u must be
+zero on the border, and it must get there without folding space.
 """
 
 from __future__ import annotations
@@ -31,8 +31,13 @@ RELAXATIONS = 6
 
 @dataclass(frozen=True)
 class TaperResult:
-    """field: u on the padded grid; width_mm: of the taper; overlap: bool (z, y, x) on the padded grid, where u is unchanged;
-    folding_outside: number of grid nodes outside the overlap with a determinant <= 0 (0 unless the overlap's own rim folds)."""
+    """A field that may be used anywhere.
+
+    field: u on the padded grid.
+    width_mm: of the taper.
+    overlap: bool (z, y, x) on the padded grid, where u is unchanged.
+    folding_outside: nodes outside the overlap with a determinant <= 0.
+    """
 
     field: DisplacementField
     width_mm: float
@@ -41,7 +46,7 @@ class TaperResult:
 
 
 def residual(linear: Affine, displacement: DisplacementField) -> DisplacementField:
-    """u = A3^-1 u_d: turns `A p + u_d(p)` (u_d in moving space) into the exported form `A(p + u(p))`."""
+    """Turn `A p + u_d(p)`, u_d in moving space, into the exported form `A(p + u(p))`: u = A3^-1 u_d."""
     inverse = np.linalg.inv(linear.matrix[:3, :3])
     return DisplacementField(displacement.vectors @ inverse.T, displacement.geometry)
 
@@ -80,7 +85,7 @@ def minimum_determinant(vectors: np.ndarray, geometry: Geometry, without: np.nda
 
 
 def _shifted(between: np.ndarray, axis: int, ahead: bool) -> np.ndarray:
-    """Values between nodes, given to the node before (ahead) or behind; the end without a neighbour takes the other side's."""
+    """Values between nodes, given to the node before them (ahead) or behind; an end takes its only neighbour's."""
     end = np.take(between, [-1] if ahead else [0], axis=axis)
     return np.concatenate([between, end] if ahead else [end, between], axis=axis)
 
@@ -93,13 +98,18 @@ def overlap_mask(
     fixed_mask: Volume | None = None,
     moving_mask: Volume | None = None,
 ) -> np.ndarray:
-    """bool (z, y, x) on the field's grid: fixed points whose image under R(x + u) lies inside the moving scan (and both masks).
+    """Fixed points whose image under R(x + u) lies inside the moving scan (and both masks).
 
     Args:
         field: u.
         linear: R, fixed -> moving.
-        moving, fixed: grids of the scans; fixed None for the whole grid of the field.
-        fixed_mask, moving_mask: images > 0 inside.
+        moving: grid of the moving scan.
+        fixed: grid of the fixed scan, None for the whole grid of the field.
+        fixed_mask: image > 0 inside.
+        moving_mask: image > 0 inside.
+
+    Returns:
+        bool (z, y, x) on the field's grid.
     """
     points = field.geometry.grid_points_mm()
     image = linear.apply(points + field.vectors.reshape(-1, 3))
@@ -143,7 +153,7 @@ def _padded(field: DisplacementField, overlap: np.ndarray, width: float) -> tupl
 def _extended(
     vectors: np.ndarray, overlap: np.ndarray, geometry: Geometry, width: float, smoothing_mm: float
 ) -> np.ndarray:
-    """u inside the overlap; outside the nearest overlap value times the weight, then smoothed outside only.
+    """U inside the overlap; outside the nearest overlap value times the weight, then smoothed outside only.
 
     The nearest value jumps where two parts of the rim are equally near. Averaging with the overlap and everything
     beyond the width held, from coarse to fine, takes these steps away.
@@ -174,16 +184,19 @@ def taper(
     fixed_mask: Volume | None = None,
     moving_mask: Volume | None = None,
 ) -> TaperResult:
-    """Keep u inside the overlap and bring it smoothly to zero outside, without folding, on a grid padded by the width of the taper.
+    """Keep u inside the overlap and bring it smoothly to zero outside without folding, on a padded grid.
 
-    The width is max(20 mm, 4 x the largest displacement at the overlap's rim), lengthened until det(I + grad u) > 0 at every node outside. Where
-    the rim of the given field folds by itself no width can help; these nodes are counted in `folding_outside`.
+    The width is max(20 mm, 4 x the largest displacement at the overlap's rim); it is lengthened, and the outside
+    smoothed (see ATTEMPTS), until det(I + grad u) > 0 there. Where the rim of the given field folds by itself nothing
+    helps; such nodes are counted in `folding_outside`.
 
     Args:
         field: untapered u of x_moving = R(x + u(x)), mm.
         linear: R, fixed -> moving.
-        moving, fixed: grids of the scans (see overlap_mask).
-        fixed_mask, moving_mask: images > 0 inside the region in which u is meant.
+        moving: grid of the moving scan.
+        fixed: grid of the fixed scan, None for the whole grid of the field.
+        fixed_mask: image > 0 in the region in which u is meant.
+        moving_mask: the same in moving space.
 
     Raises:
         NoConfidentResultError: there is no overlap at all.
@@ -191,7 +204,8 @@ def taper(
     overlap = overlap_mask(field, linear, moving, fixed, fixed_mask, moving_mask)
     if not overlap.any():
         raise NoConfidentResultError("the deformed scans do not overlap; check the initial transform and the masks")
-    # One node more: u is interpolated between nodes, so the cells that the overlap's edge crosses must keep all corners.
+    # One node more: u is interpolated between nodes, so the cells that the overlap's edge crosses must keep all
+    # corners.
     overlap = ndimage.binary_dilation(overlap, np.ones((3, 3, 3)))
     rim = overlap & ~ndimage.binary_erosion(overlap)  # nodes on the grid's border count as rim
     largest = float(np.linalg.norm(field.vectors[rim], axis=1).max())

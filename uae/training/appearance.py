@@ -106,7 +106,10 @@ def step_features(
             weight = weights[2 * index + view]
             partner = (corners.reshape(*weight.shape, -1) * weight[..., None]).sum(1)
             own_coarse, partner_coarse = maps[2 * index + view], maps[2 * index + 1 - view]
-            views.append(_view_features(network, pair, view, negatives[index][view], own, partner, own_coarse, partner_coarse))
+            random_cells = negatives[index][view]
+            views.append(
+                _view_features(network, pair, view, random_cells, own, partner, own_coarse, partner_coarse)
+            )
         merged = [
             {level: F.normalize(torch.cat([v[part][level] for v in views]), dim=-1) for level in ("fine", "coarse")}
             for part in range(3)
