@@ -201,17 +201,18 @@ def _head_in_slabs(head: PyramidHead, maps: Sequence[torch.Tensor], slab: int, c
     """A pyramid head on the fine grid in slabs of fine cells, float16 (C, z, y, x).
 
     Borders and halo are multiples of the coarsest map's cells, so that nearest up-sampling picks the same cells as for
-    the whole; one cell of halo is what the 3x3x3 output convolution needs.
+    the whole; the 3x3x3 output convolution needs one cell of halo and each smoothing pass one more.
     """
     depth = maps[0].shape[2]
     steps = [depth // part.shape[2] for part in maps]
     unit = steps[-1]
     slab = -(-slab // unit) * unit
+    halo = -(-(1 + head.smoothing) // unit) * unit
     found = np.empty((head.output.out_channels, *maps[0].shape[2:]), dtype=np.float16)
     for start in range(0, depth, slab):
         check_cancel(cancel)
         stop = min(start + slab, depth)
-        low, high = max(start - unit, 0), min(stop + unit, depth)
+        low, high = max(start - halo, 0), min(stop + halo, depth)
         part = head([m[:, :, low // step : high // step] for m, step in zip(maps, steps, strict=True)])
         found[:, start:stop] = _unit_half(part[:, :, start - low : stop - low]).cpu().numpy()[0]
     return found

@@ -10,6 +10,7 @@ import logging
 from dataclasses import dataclass
 
 import numpy as np
+import SimpleITK as sitk
 from scipy import ndimage
 
 from uae.errors import NoConfidentResultError
@@ -22,11 +23,16 @@ log = logging.getLogger(__name__)
 
 MIN_WIDTH_MM = 20.0  # contract, section 1, as the factor below
 RIM_FACTOR = 4.0
-ATTEMPTS = ((1.0, 0.0), (1.0, 24.0), (1.5, 24.0), (1.5, 48.0), (2.25, 48.0))
+ATTEMPTS = ((1.0, 0.0), (1.0, 24.0), (1.5, 24.0))
 """(factor on the width, smoothing in mm of the extension), tried in turn until nothing folds. A longer taper cures what
 moves far; smoothing cures gaps of the overlap whose two sides move against each other, where no width can help."""
-MAX_NODES = 40_000_000  # of a lengthened grid: about 2 GB while it is computed
+MAX_NODES = 40_000_000
+"""Of a lengthened grid: about 2 GB while it is computed."""
 RELAXATIONS = 6
+REPAIR_REACHES = (3, 6, 12)
+"""Nodes around a fold that are smoothed again, in turn."""
+SLAB_NODES = 2_000_000
+"""Nodes whose determinants are computed at once: bounds the temporaries to some 300 MB."""
 
 
 @dataclass(frozen=True)
@@ -62,6 +68,18 @@ def minimum_determinant(vectors: np.ndarray, geometry: Geometry, without: np.nda
         geometry: of the grid, any direction, two nodes or more along each axis.
         without: bool (z, y, x), or None; corners whose four nodes are all in it are left out (inf where all are).
     """
+    depth = vectors.shape[0]
+    thickness = max(2, SLAB_NODES // (vectors.shape[1] * vectors.shape[2]))
+    lowest = np.empty(vectors.shape[:3], dtype=np.float32)
+    for start in range(0, depth, thickness):
+        low, high = max(start - 1, 0), min(start + thickness + 1, depth)
+        part = _determinants(vectors[low:high], geometry, None if without is None else without[low:high])
+        lowest[start : start + thickness] = part[start - low : start - low + thickness]
+    return lowest
+
+
+def _determinants(vectors: np.ndarray, geometry: Geometry, without: np.ndarray | None) -> np.ndarray:
+    """`minimum_determinant` of one slab."""
     edges = geometry.direction * geometry.spacing  # columns: undeformed edges along the index axes x, y, z
     sides, kept = [], []
     components = np.ascontiguousarray(np.moveaxis(np.asarray(vectors, dtype=np.float32), -1, 0))
@@ -152,28 +170,60 @@ def _padded(field: DisplacementField, overlap: np.ndarray, width: float) -> tupl
 
 def _extended(
     vectors: np.ndarray, overlap: np.ndarray, geometry: Geometry, width: float, smoothing_mm: float
-) -> np.ndarray:
-    """U inside the overlap; outside the nearest overlap value times the weight, then smoothed outside only.
+) -> tuple[np.ndarray, np.ndarray]:
+    """The field kept in the overlap; outside the nearest overlap value times the weight, then smoothed outside only.
 
     The nearest value jumps where two parts of the rim are equally near. Averaging with the overlap and everything
     beyond the width held, from coarse to fine, takes these steps away.
+
+    Returns:
+        vectors (z, y, x, 3), and bool (z, y, x): the nodes outside that are not held.
     """
     sampling = geometry.spacing[::-1]
     distance, nearest = ndimage.distance_transform_edt(~overlap, sampling=sampling, return_indices=True)
     extended = vectors[tuple(nearest)] * _weight(distance, width)[..., None]
     free = ~overlap & (distance < width)
-    sigmas = []
     while smoothing_mm >= sampling.max():
-        sigmas.append(smoothing_mm / sampling)
+        smooth = sitk.GetArrayFromImage(_recursive_gaussian(extended, sampling, smoothing_mm))
+        extended[free] = smooth[free]
         smoothing_mm /= 2.0
+    _relax(extended, free, RELAXATIONS)
+    return extended, free
+
+
+def _recursive_gaussian(vectors: np.ndarray, sampling: np.ndarray, sigma_mm: float) -> sitk.Image:
+    """Gaussian smoothing in a time that does not depend on its width."""
+    image = sitk.GetImageFromArray(vectors, isVector=True)
+    image.SetSpacing([float(step) for step in sampling[::-1]])
+    return sitk.SmoothingRecursiveGaussian(image, sigma_mm)
+
+
+def _relax(vectors: np.ndarray, free: np.ndarray, rounds: int) -> None:
+    """Replace the free nodes by the mean of their 3 x 3 x 3 neighbours, some rounds, in place."""
     for component in range(3):
-        values = np.ascontiguousarray(extended[..., component])
-        for sigma in sigmas:
-            values[free] = ndimage.gaussian_filter(values, sigma, mode="constant", truncate=3.0)[free]
-        for _ in range(RELAXATIONS):
-            values[free] = ndimage.uniform_filter(values, 3, mode="constant")[free]
-        extended[..., component] = values
-    return extended
+        values = np.ascontiguousarray(vectors[..., component])
+        for _ in range(rounds):
+            values[free] = ndimage.uniform_filter(values, 3, mode="nearest")[free]
+        vectors[..., component] = values
+
+
+def _repair(vectors: np.ndarray, overlap: np.ndarray, free: np.ndarray, geometry: Geometry) -> int:
+    """Smooth the free nodes around folds, in place and in growing neighbourhoods; returns the number of folds left."""
+    folds = minimum_determinant(vectors, geometry, without=overlap) <= 0.0
+    for reach in REPAIR_REACHES:
+        if not folds.any():
+            return 0
+        places, _ = ndimage.label(ndimage.binary_dilation(folds, iterations=reach))
+        for box in ndimage.find_objects(places):
+            # One node beyond the folds' neighbourhood on all sides is held, so the patch joins what surrounds it.
+            grown = tuple(slice(max(part.start - 1, 0), part.stop + 1) for part in box)
+            patch = np.ascontiguousarray(vectors[grown])
+            inner = np.zeros(patch.shape[:3], dtype=bool)
+            inner[1:-1, 1:-1, 1:-1] = True
+            _relax(patch, free[grown] & inner, 4 * reach)
+            vectors[grown] = patch
+        folds = minimum_determinant(vectors, geometry, without=overlap) <= 0.0
+    return int(folds.sum())
 
 
 def taper(
@@ -215,8 +265,8 @@ def taper(
         if best is not None and _padded_nodes(field.geometry, overlap, factor * first_width) > MAX_NODES:
             break
         vectors, kept, geometry = _padded(field, overlap, factor * first_width)
-        vectors = _extended(vectors, kept, geometry, factor * first_width, smoothing)
-        folded = int((minimum_determinant(vectors, geometry, without=kept) <= 0.0).sum())
+        vectors, free = _extended(vectors, kept, geometry, factor * first_width, smoothing)
+        folded = _repair(vectors, kept, free, geometry)
         if best is None or folded < best.folding_outside:
             best = TaperResult(DisplacementField(vectors, geometry), factor * first_width, kept, folded)
         if not folded:
