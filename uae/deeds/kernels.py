@@ -147,6 +147,7 @@ def mind_words(
 @_compile
 def hamming_rows(
     fixed: np.ndarray,
+    counted: np.ndarray,
     moving: np.ndarray,
     samples: np.ndarray,
     shifts: np.ndarray,
@@ -164,6 +165,7 @@ def hamming_rows(
 
     Args:
         fixed: (nz step, ny step, step, nx) uint64.
+        counted: the same shape; all bits where the fixed voxel counts, none where it is not known.
         moving: (nz step + 2 reach, ny step + 2 reach, step, >= nx + 2 reach / step) uint64.
         samples: (S, 3) int64 sampled voxels of a block, z, y, x.
         shifts: (side,) int64 displacement plus reach of each label of one axis, >= 0.
@@ -191,9 +193,10 @@ def hamming_rows(
                         x = samples[sample, 2]
                         start = (x + shifts[lx]) // step
                         a = fixed[z, y, x]
+                        c = counted[z, y, x]
                         b = moving[z + shifts[lz], y + shifts[ly], (x + shifts[lx]) % step, start : start + nx]
                         for node in range(nx):
-                            total[node] += _popcount(a[node] ^ b[node])
+                            total[node] += _popcount((a[node] ^ b[node]) & c[node])
                     for node in range(nx):
                         out[row * nx + node, label] = np.float32(total[node]) * scale
                     label += 1

@@ -112,6 +112,13 @@ PRESETS: dict[str, Preset] = {
             "deedsBCV's fast variant (README: -L 6x5x4x3x2); neutral borders, stride-2 sampling: our measurement",
         ),
         Preset(
+            "after-rigid",
+            make_levels((8, 7, 6, 5, 4), (4, 4, 3, 3, 2), (3, 2, 2, 1, 1)),
+            "our measurement, after a refined rigid: reach 24 mm at 2 mm voxels and a smoother field keep flat, noisy "
+            "tissue in its place (TRE 2.8 -> 1.1 mm on the demo pair, 4.5 -> 2.4 mm on a hard simulated MR)",
+            alpha=8.0,
+        ),
+        Preset(
             "large-motion",
             make_levels((8, 7, 6, 5, 4), (8, 7, 6, 5, 4), (5, 4, 3, 2, 1)),
             "deedsBCV's default search (reach 40 voxels); neutral borders, stride-2 sampling: our measurement",

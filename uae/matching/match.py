@@ -175,11 +175,11 @@ def _choose(method: str, prior: Transform | None, verdict: str | None) -> tuple[
     if method not in METHODS:
         raise InputError(f"unknown matching method '{method}'; use one of {', '.join(METHODS)}")
     guided = method.startswith("guided")
-    if guided and prior is None:
+    if guided and prior is None and verdict != "refused":
         raise InputError(f"method '{method}' needs the pair's transform; register the pair or use 'fixed-point'")
     if not guided and method != "auto":
         return method, ""
-    if prior is not None and verdict == "refused":
+    if verdict == "refused":
         return method.replace("guided-", "") if method == "guided-nearest" else "fixed-point", (
             "free search because the pair's registration was refused"
         )

@@ -70,7 +70,7 @@ class _Body:
             return transform, -1.0
         matched = self.index.refine(rows, self.descriptors[seen], places[seen], weight)
         apart = np.linalg.norm(matched - places[seen], axis=1)
-        # Points predicted outside the target count as similarity 0: a hypothesis gains nothing by pushing them out.
+        # Points predicted outside the target count as similarity 0.
         score = float((similarity[found] - weight * (apart / 10.0) ** 2).sum() / len(self.points))
         try:
             refit = arun(self.points[seen], matched)
@@ -122,6 +122,8 @@ def best_hypothesis(
         judged.append((scoring.step(current, SCORING_WEIGHT)[1], current))
     judged.sort(key=lambda item: -item[0])
     score, transform = judged[0]
+    if score < 0.0:
+        raise NoConfidentResultError("too little of the smaller scan's body lands inside the other scan")
     placed = transform.apply(corners)
     others = [
         value for value, other in judged[1:] if np.linalg.norm(other.apply(corners) - placed, axis=1).mean() > APART_MM
@@ -130,4 +132,4 @@ def best_hypothesis(
     for _ in range(3):
         check_cancel(cancel)
         transform, _ = whole.step(transform, POLISH_WEIGHT)
-    return Winner(transform, score, score - max(others, default=0.0))
+    return Winner(transform, score, score - max([0.0, *others]))

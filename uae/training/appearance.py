@@ -115,7 +115,7 @@ def step_features(
             for part in range(3)
         ]
         places = [torch.cat([v[part] for v in views]).to(device) for part in range(3, 6)]
-        result.append(PairFeatures(*merged, *places))
+        result.append(PairFeatures(*merged, *places, subject=pair.subject_index))
     return result
 
 

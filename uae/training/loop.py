@@ -25,6 +25,14 @@ CHECKPOINT = "checkpoint.pt"
 MAX_SKIPPED = 20
 
 
+def _step_of(line: str) -> float:
+    """Step of a log line; a line that a kill has cut short belongs to no step."""
+    try:
+        return float(json.loads(line)["step"])
+    except (ValueError, KeyError, TypeError):
+        return math.inf
+
+
 class Task(Protocol):
     """What is trained."""
 
@@ -100,7 +108,7 @@ class Trainer:
             raise ModelError(f"{path}: checkpoint of another network; use the configuration it was started with")
         self.network.load_state_dict(state["network"])
         self.optimiser.load_state_dict(state["optimiser"])
-        self.ema = state["ema"]
+        self.ema = {name: value.to(self.ema[name].device) for name, value in state["ema"].items()}
         self.done = int(state["step"])
         self.active_seconds = float(state["active_seconds"])
         self._trim_log()
@@ -108,7 +116,7 @@ class Trainer:
     def _trim_log(self) -> None:
         path = self.output / "log.jsonl"
         if path.exists():
-            lines = [line for line in path.read_text().splitlines() if json.loads(line)["step"] <= self.done]
+            lines = [line for line in path.read_text().splitlines() if _step_of(line) <= self.done]
             with atomic_path(path) as temporary:
                 temporary.write_text("".join(line + "\n" for line in lines))
 
@@ -122,6 +130,7 @@ class Trainer:
         rate = self.learning_rate(self.done)
         for group in self.optimiser.param_groups:
             group["lr"] = rate
+        buffers = {name: value.clone() for name, value in self.network.named_buffers()}
         self.network.train()
         self.optimiser.zero_grad(set_to_none=True)
         loss, figures = self.task.step(rng)
@@ -130,6 +139,8 @@ class Trainer:
         self.done += 1
         if not bool(torch.isfinite(loss)) or not bool(torch.isfinite(norm)):
             self.skipped += 1
+            for name, value in self.network.named_buffers():
+                value.copy_(buffers[name])
             logger.warning("step %d: loss or gradient is not finite; skipped", self.done)
             if self.skipped > MAX_SKIPPED:
                 raise ModelError("training diverged; lower optimiser.learning_rate and resume the last checkpoint")

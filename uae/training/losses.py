@@ -17,6 +17,7 @@ class PairFeatures:
         query: {"fine", "coarse"} -> (Q, C) at the queries of both views.
         partner: {"fine", "coarse"} -> (Q, C) at their partners in the other view.
         negative: {"fine", "coarse"} -> (N, C) at random cells of both views.
+        subject: which subject; places of one subject compare across pairs.
         query_mm, partner_mm, negative_mm: (.., 3) float32 places in the subject (fp16 maps lose up to 1 mm).
     """
 
@@ -26,6 +27,7 @@ class PairFeatures:
     query_mm: Tensor
     partner_mm: Tensor
     negative_mm: Tensor
+    subject: int = 0
 
 
 def info_nce(positive: Tensor, negative: Tensor, excluded: Tensor, temperature: float) -> Tensor:
@@ -52,7 +54,7 @@ def appearance_loss(
     """Joint, fine and coarse InfoNCE over all pairs of a step.
 
     Negatives of a query: random cells and the other partners of its own pair, farther than the exclusion radius, and
-    the random cells of the other pairs (other subjects or other places; same-subject pairs are not compared).
+    the random cells of the other pairs; of the same subject only those farther than the radius.
 
     Args:
         pairs: features of each pair.
@@ -78,10 +80,12 @@ def appearance_loss(
             pool += [other.negative[level] for other in others]
             positive[level] = (pair.query[level] * pair.partner[level]).sum(-1)
             negative[level] = pair.query[level] @ torch.cat(pool).T
-        free = torch.zeros(
-            len(near_fine), negative["fine"].shape[1] - near_fine.shape[1], dtype=torch.bool, device=device
-        )
-        near_fine, near_coarse = torch.cat([near_fine, free], 1), torch.cat([near_coarse, free], 1)
+        for other in others:
+            apart = torch.cdist(pair.query_mm, other.negative_mm, compute_mode="donot_use_mm_for_euclid_dist")
+            if other.subject != pair.subject:
+                apart = torch.full_like(apart, float("inf"))
+            near_fine = torch.cat([near_fine, apart < fine_exclusion_mm], 1)
+            near_coarse = torch.cat([near_coarse, apart < coarse_exclusion_mm], 1)
         joint_positive = (positive["fine"] + positive["coarse"]) / 2
         joint_negative = (negative["fine"] + negative["coarse"]) / 2
         totals = totals + torch.stack(
