@@ -258,3 +258,21 @@ def test_geometry_crop_holds_its_points_with_a_margin():
     np.testing.assert_allclose(first, np.round(first), atol=1e-9)
     np.testing.assert_allclose(first, (4.0, 2.0, 10.0), atol=1e-9)
     np.testing.assert_allclose(first + crop.size - 1, (26.0, 39.0, 15.0), atol=1e-9)
+
+
+def test_deeds_counts_fixed_anatomy_only_where_the_moving_scan_reaches(result, monkeypatch):
+    """Fixed anatomy beyond the moving scan has no counterpart and would drag the overlap along."""
+    seen = {}
+
+    def stop(*_, **options):
+        seen.update(options)
+        raise InputError("far enough")
+
+    monkeypatch.setattr("uae.deeds.register", stop)
+    with pytest.raises(InputError, match="far enough"):
+        deform(result.fixed, result.moving, result.linear)
+    mask = seen["fixed_mask"]
+    points = mask.geometry.grid_points_mm()
+    expected = result.moving.geometry.contains(result.linear.apply(points))
+    assert 0.1 < expected.mean() < 0.95
+    assert ((mask.array.ravel() > 0) == expected).mean() > 0.999

@@ -44,6 +44,11 @@ NEVER = {"score": 2.0}
 """A limit no similarity reaches, for methods where no box is safe enough."""
 
 
+def _rounded(limit: float, towards: Any) -> float:
+    """Six decimals, rounded to the stricter side."""
+    return float(limit) if not math.isfinite(limit) else towards(limit * 1e6) / 1e6
+
+
 @dataclass(frozen=True)
 class Box:
     """Limits by figure: sign * value >= sign * limit."""
@@ -53,7 +58,7 @@ class Box:
     def as_limits(self) -> dict[str, dict[str, float]]:
         """The form `uae.registration.adareg.verdict_of` reads."""
         return {
-            name: {"min" if FIGURES[name] > 0 else "max": round(float(limit), 6)}
+            name: {"min": _rounded(limit, math.ceil)} if FIGURES[name] > 0 else {"max": _rounded(limit, math.floor)}
             for name, limit in self.limits.items()
         }
 
