@@ -362,7 +362,8 @@ def test_deeds_bad_input_is_refused():
 
 def test_deeds_presets_are_those_of_their_sources():
     presets = deeds.PRESETS
-    assert set(presets) == {"faithful", "default", "large-motion", "crosssam"}
+    assert set(presets) == {"faithful", "default", "after-rigid", "large-motion", "crosssam"}
+    assert [level.reach for level in presets["after-rigid"].levels] == [12, 8, 6, 3, 2]
     assert [level.reach for level in presets["faithful"].levels] == [40, 28, 18, 10, 4]
     assert [level.labels for level in presets["faithful"].levels] == [4913, 3375, 2197, 1331, 729]
     assert [level.mind_step for level in presets["faithful"].levels] == [3, 3, 2, 2, 1]
