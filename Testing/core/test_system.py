@@ -106,7 +106,7 @@ def resampled(crop: Volume, spacing, degrees: float, shift_voxels: float) -> Vol
 
 
 TURNED = pytest.mark.xfail(reason="uae-m 0.1.0 measures median 1.5, 95th percentile 6.7 mm (whole scan 1.1 and 4.9)")
-SHIFTED = pytest.mark.xfail(reason="uae-m 0.1.0 measures median 2.4, 95th percentile 6.0 mm: not equivariant below a cell")
+SHIFTED = pytest.mark.xfail(reason="uae-m 0.1.0 measures median 2.4, 95th percentile 6.0 mm (coarse phase)")
 
 
 @pytest.mark.parametrize(

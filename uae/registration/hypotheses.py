@@ -11,6 +11,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import numpy as np
+from scipy import ndimage
 
 from uae.embedding import Embedding
 from uae.errors import NoConfidentResultError
@@ -25,6 +26,7 @@ SCORING_POINTS = 300
 SCORING_WEIGHT, POLISH_WEIGHT = 0.3, 0.1  # of the soft prior: tight to compare places, loose to correct
 HUBER_MM = 5.0
 MIN_POINTS = 20
+NEAR_CELLS = 2
 
 
 @dataclass(frozen=True)
@@ -49,12 +51,14 @@ class _Body:
         self.points, self.target = points, target
         self.descriptors = source.descriptors(points)
         self.index = search_index(target)
+        # Without a body cell near a prediction the search would have to look through the whole scan.
+        self.near_body = ndimage.binary_dilation(target.body & target.valid, iterations=NEAR_CELLS)
 
     def visible(self, places: np.ndarray) -> np.ndarray:
-        """Bool (N,): predicted places (N, 3) mm inside the target scan."""
+        """Bool (N,): predicted places (N, 3) mm in or beside the target's body."""
         cells = np.rint(self.target.fine_geometry.mm_to_index(places)).astype(int)[:, ::-1]
-        seen = ((cells >= 0) & (cells < self.target.valid.shape)).all(axis=1)
-        seen[seen] = self.target.valid[tuple(cells[seen].T)]
+        seen = ((cells >= 0) & (cells < self.near_body.shape)).all(axis=1)
+        seen[seen] = self.near_body[tuple(cells[seen].T)]
         return seen
 
     def step(self, transform: Rigid, weight: float) -> tuple[Rigid, float]:
@@ -70,7 +74,7 @@ class _Body:
             return transform, -1.0
         matched = self.index.refine(rows, self.descriptors[seen], places[seen], weight)
         apart = np.linalg.norm(matched - places[seen], axis=1)
-        # Points predicted outside the target count as similarity 0.
+        # Points predicted outside the target's body count as similarity 0.
         score = float((similarity[found] - weight * (apart / 10.0) ** 2).sum() / len(self.points))
         try:
             refit = arun(self.points[seen], matched)
