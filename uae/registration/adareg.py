@@ -68,6 +68,7 @@ _WORDS = {
     "runner_up_ratio": "support of the second best place relative to the best",
     "stability_mm": "change of the result over random halves of the matches (mm)",
     "similarity_gain": "similarity at the predicted places above that around them",
+    "smaller_body_ml": "body volume of the smaller scan (ml; smaller ones were never calibrated)",
     "body_overlap": "share of the body that lands in the other scan's body",
 }
 
