@@ -146,6 +146,7 @@ def test_calibrated_limits_separate():
     ]
     thresholds = calibrate(cases, negatives)
     json.dumps(thresholds, allow_nan=False)
+    assert "smaller_body_ml" not in thresholds["registration"]["accepted"]
     found = judge_thresholds(cases, negatives, thresholds)
     assert found["hard"]["accepted_rate"] == pytest.approx(16 / 24)
     assert found["hard"]["confident_failure_rate"] == 0.0
@@ -156,6 +157,16 @@ def test_calibrated_limits_separate():
     across = cross_check(cases, negatives)
     assert set(across) == {"a", "b"}
     assert across["a"]["hard"]["confident_failure_rate"] == 0.0
+
+
+def test_scans_smaller_than_any_case_are_outside_the_calibration():
+    sized = GOOD | {"smaller_body_ml": 2000.0}
+    cases = [case(1.0, features=sized | {"smaller_body_ml": size}) for size in (3000.0, 2000.0, 2500.0)]
+    limits = calibrate(cases, [])
+    assert limits["registration"]["accepted"]["smaller_body_ml"] == {"min": 1900.0}
+    assert verdict_of_case(case(1.0, features=sized), limits["registration"]) == "accepted"
+    small = case(1.0, features=sized | {"smaller_body_ml": 500.0})
+    assert verdict_of_case(small, limits["registration"]) == "refused"
 
 
 def test_no_safe_match_limits_means_never_confident():

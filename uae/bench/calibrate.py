@@ -36,6 +36,9 @@ FIGURES = {
 LEAST = {"inliers": 12.0, "spread_mm": 6.0}
 """Below these nothing is accepted whatever the data say: a dozen matches within a vertebra fix no rotation."""
 
+SIZE, SIZE_SLACK = "smaller_body_ml", 0.95
+"""Scans smaller than this share of the smallest case lie outside what the other limits have seen."""
+
 SLACK = 0.25
 """How far beyond the edge of the right rows a limit lies that no wrong row asks for, relative to edge - median."""
 
@@ -137,7 +140,7 @@ def fit_registration(
     """Limits of `accepted` and `review` from cases with truth and from negative pairs.
 
     Accepted: no wrong case and no negative pair. Review: no pair without overlap, and at most a share of the wrong
-    cases (a reviewer looks at these, so losing right ones weighs more there).
+    cases (a reviewer looks at these, so losing right ones weighs more there). Both: no scan smaller than the cases'.
 
     Args:
         cases: records of the embedding benchmark.
@@ -154,7 +157,13 @@ def fit_registration(
     accepted = fit_box(right, np.concatenate([wrong, apart, others]))
     # First the pairs without overlap, all of them; then the wrong ones down to the tolerated share.
     review = fit_box(right, wrong, math.floor(wrong_in_review * len(wrong)), start=fit_box(right, apart))
-    return {"accepted": accepted.as_limits(), "review": review.as_limits()}
+    limits = {"accepted": accepted.as_limits(), "review": review.as_limits()}
+    sizes = [case["registration"]["features"].get(SIZE) for case in cases if case["registration"]["features"]]
+    known = [size for size in sizes if size is not None]
+    if known:
+        for level in limits.values():
+            level[SIZE] = {"min": round(SIZE_SLACK * min(known), 1)}
+    return limits
 
 
 def _match_columns(matches: Sequence[Mapping[str, Any]]) -> tuple[np.ndarray, np.ndarray]:

@@ -85,10 +85,10 @@ def data_cost(
 
     Args:
         fixed: (Z, Y, X) uint64 words.
-        moving: words of the same shape, searched.
             A fixed voxel with the neutral word costs nothing anywhere: it is not known. (Were it compared,
             neutral to neutral would cost least, and the rim of the field of view would be drawn outwards: the TRE of
             a phantom CT-MR pair ended at 9.6 mm and at 4.1 mm without it, our measurement.)
+        moving: words of the same shape, searched.
         grid: control points.
         level: search radius and quantisation.
         preset: alpha, sampling and border.

@@ -20,7 +20,7 @@ from uae.matching import mutual_matches
 from uae.progress import Cancel, Progress, check_cancel, report
 from uae.registration.hypotheses import best_hypothesis
 from uae.registration.masks import inside
-from uae.registration.rigid import ELSEWHERE_MM, arun, fit_affine, ransac, spread_mm
+from uae.registration.rigid import ELSEWHERE_MM, arun, box_corners, fit_affine, ransac, spread_mm
 from uae.transform import Affine, Rigid
 from uae.volume import Volume
 
@@ -358,9 +358,7 @@ def estimate(
         return result
     elsewhere = np.linalg.norm(rigid.apply(a[fit]) - winner.transform.apply(a[fit]), axis=1).mean() > ELSEWHERE_MM
     runner_up = int(winner.inliers.sum()) if elsewhere else winner.runner_up
-    corners = np.stack(np.meshgrid(*np.stack([body.min(axis=0), body.max(axis=0)]).T, indexing="ij"), axis=-1).reshape(
-        8, 3
-    )
+    corners = box_corners(body)
     spread = spread_mm(pair[0][agreed])
     result.features = {
         "queried": len(queries),

@@ -8,6 +8,7 @@ one of five lost cases to its place, lost none, and polishing lowered the TRE of
 
 from __future__ import annotations
 
+from copy import copy
 from dataclasses import dataclass
 
 import numpy as np
@@ -17,7 +18,7 @@ from uae.embedding import Embedding
 from uae.errors import NoConfidentResultError
 from uae.matching import search_index
 from uae.progress import Cancel, check_cancel
-from uae.registration.rigid import arun, distinct_rigids
+from uae.registration.rigid import arun, box_corners, distinct_rigids
 from uae.transform import Rigid
 
 MAX_HYPOTHESES = 10
@@ -54,6 +55,12 @@ class _Body:
         # Without a body cell near a prediction the search would have to look through the whole scan.
         self.near_body = ndimage.binary_dilation(target.body & target.valid, iterations=NEAR_CELLS)
 
+    def part(self, chosen: np.ndarray) -> _Body:
+        """The same with some of the points only."""
+        few = copy(self)
+        few.points, few.descriptors = self.points[chosen], self.descriptors[chosen]
+        return few
+
     def visible(self, places: np.ndarray) -> np.ndarray:
         """Bool (N,): predicted places (N, 3) mm in or beside the target's body."""
         cells = np.rint(self.target.fine_geometry.mm_to_index(places)).astype(int)[:, ::-1]
@@ -68,14 +75,10 @@ class _Body:
         if len(seen) < MIN_POINTS:
             return transform, -1.0
         rows, similarity = self.index.best_near(self.descriptors[seen], places[seen], weight)
-        found = rows >= 0
-        rows, seen = rows[found], seen[found]
-        if len(seen) < MIN_POINTS:
-            return transform, -1.0
         matched = self.index.refine(rows, self.descriptors[seen], places[seen], weight)
         apart = np.linalg.norm(matched - places[seen], axis=1)
         # Points predicted outside the target's body count as similarity 0.
-        score = float((similarity[found] - weight * (apart / 10.0) ** 2).sum() / len(self.points))
+        score = float((similarity - weight * (apart / 10.0) ** 2).sum() / len(self.points))
         try:
             refit = arun(self.points[seen], matched)
             for _ in range(2):
@@ -111,12 +114,11 @@ def best_hypothesis(
         NoConfidentResultError: no rigid transform is supported by the matches.
         CancelledError: the user stopped.
     """
-    low, high = body_points.min(axis=0), body_points.max(axis=0)
-    corners = np.stack(np.meshgrid(*np.stack([low, high]).T, indexing="ij"), axis=-1).reshape(8, 3)
+    corners = box_corners(body_points)
     rivals = distinct_rigids(source_points, target_points, corners, MAX_HYPOTHESES, APART_MM, seed=seed)
     rng = np.random.default_rng(seed)
-    few = body_points[rng.permutation(len(body_points))[:SCORING_POINTS]]
-    scoring = _Body(source, target, few)
+    whole = _Body(source, target, body_points)
+    scoring = whole.part(rng.permutation(len(body_points))[:SCORING_POINTS])
     judged: list[tuple[float, Rigid]] = []
     for rival in rivals:
         check_cancel(cancel)
@@ -132,7 +134,6 @@ def best_hypothesis(
     others = [
         value for value, other in judged[1:] if np.linalg.norm(other.apply(corners) - placed, axis=1).mean() > APART_MM
     ]
-    whole = _Body(source, target, body_points)
     for _ in range(3):
         check_cancel(cancel)
         transform, _ = whole.step(transform, POLISH_WEIGHT)

@@ -16,7 +16,7 @@ import SimpleITK as sitk
 
 from uae.progress import Cancel, Progress, check_cancel, report
 from uae.registration.masks import inside
-from uae.registration.rigid import arun
+from uae.registration.rigid import arun, box_corners
 from uae.transform import Affine, Rigid
 from uae.volume import Geometry, Volume, resample
 
@@ -194,9 +194,7 @@ def refine_rigid(
     moving_image = _window(resample(moving, moving_grid, initial, antialias=True), moving_body).to_sitk()
     share = min(SAMPLED_SHARE, MAX_SAMPLES / fixed_body.size)
     masks = _mask_image(fixed_body, fixed_grid), _mask_image(moving_body, moving_grid)
-    corners = np.stack(
-        np.meshgrid(*np.stack([points.min(axis=0), points.max(axis=0)]).T, indexing="ij"), axis=-1
-    ).reshape(8, 3)
+    corners = box_corners(points)
     center = corners.mean(axis=0)
     correction = sitk.Euler3DTransform()
     correction.SetCenter(center.tolist())

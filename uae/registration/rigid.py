@@ -82,6 +82,12 @@ def _kabsch(source: np.ndarray, target: np.ndarray, weights: np.ndarray) -> tupl
     return rotation, target_mean - np.einsum("bij,bj->bi", rotation, source_mean)
 
 
+def box_corners(points: np.ndarray) -> np.ndarray:
+    """The 8 corners (8, 3) mm of the box, along L, P, S, around points (N, 3) mm."""
+    limits = np.stack([points.min(axis=0), points.max(axis=0)])
+    return np.stack(np.meshgrid(*limits.T, indexing="ij"), axis=-1).reshape(8, 3)
+
+
 def spread_mm(points: np.ndarray) -> np.ndarray:
     """Standard deviations (3,) mm of points (N, 3) along their principal axes, largest first; zeros for one point."""
     points = np.asarray(points, dtype=np.float64)
