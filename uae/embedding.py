@@ -234,6 +234,7 @@ def embed(
     device: str = "auto",
     memory_mb: float = 2000.0,
     cache: bool = True,
+    lattice: Geometry | None = None,
     progress: Progress | None = None,
     cancel: Cancel | None = None,
 ) -> Embedding:
@@ -245,6 +246,7 @@ def embed(
         device: auto, cpu, cuda or cuda:N.
         memory_mb: bound on the network's activations and results, megabytes (the result does not depend on it).
         cache: look up and store in the cache.
+        lattice: network grid to be continued over this scan, see `uae.preprocess.network_geometry`.
         progress: told the fraction done, stage "embedding".
         cancel: asked between slabs.
 
@@ -262,10 +264,10 @@ def embed(
         volume = replace(volume, modality=modality, modality_reason=reason)
     target = resolve_device(device)
     report(progress, STAGE, 0.0)
-    key = cache_key(volume, model, str(inference_dtype(target))) if cache else ""
+    key = cache_key(volume, model, str(inference_dtype(target)), lattice) if cache else ""
     found = _cached(key) if cache else None
     if found is None:
-        found = _compute(volume, model, target, memory_mb, progress, cancel)
+        found = _compute(volume, model, target, memory_mb, lattice, progress, cancel)
         if cache:
             write_cached(key, *found._to_archive())
     # The entry belongs to voxels, whatever file held them and however their modality was decided.
@@ -298,10 +300,11 @@ def _compute(
     model: Model,
     device: Any,
     memory_mb: float,
+    lattice: Geometry | None,
     progress: Progress | None,
     cancel: Cancel | None,
 ) -> Embedding:
-    prepared = prepare(volume, model.input_map, model.config.coarse_stride)
+    prepared = prepare(volume, model.input_map, model.config.coarse_stride, lattice)
     heads = run_model(model, prepared.image, device, memory_mb, progress, cancel)
     grid = level_geometry(prepared.geometry, heads["fine"].shape[1:])
     valid = _inside(grid, volume.geometry) & (_share(prepared.valid, grid.shape) > 0)

@@ -24,6 +24,7 @@ from uae.files import atomic_path
 from uae.paths import cache_folder
 
 if TYPE_CHECKING:
+    from uae.geometry import Geometry
     from uae.models import Model
     from uae.volume import Volume
 
@@ -32,7 +33,9 @@ SUFFIX = ".uae"
 HEADER = "embedding.json"
 DEFAULT_LIMIT_GB = 4.0
 STALE_SECONDS = 3600.0
-RECIPE_MODULES = ("uae.geometry", "uae.volume", "uae.preprocess", "uae.network", "uae.inference", "uae.embedding")
+RECIPE_MODULES = (
+    "uae.geometry", "uae.volume", "uae.preprocess", "uae.network", "uae.inference", "uae.lookup", "uae.embedding"
+)  # fmt: skip
 
 logger = logging.getLogger(__name__)
 
@@ -90,20 +93,27 @@ def recipe_sha256() -> str:
     return digest.hexdigest()
 
 
-def cache_key(volume: Volume, model: Model, precision: str) -> str:
+def _plain(geometry: Geometry) -> dict[str, list[float]]:
+    return {
+        "shape": list(geometry.shape),
+        "spacing": geometry.spacing.tolist(),
+        "origin": geometry.origin.tolist(),
+        "direction": geometry.direction.tolist(),
+    }
+
+
+def cache_key(volume: Volume, model: Model, precision: str, lattice: Geometry | None = None) -> str:
     """Key of voxels, geometry, modality, preprocessing, weights and number type.
 
     Args:
         volume: the scan, modality decided.
         model: the weights.
         precision: name of the number type of the computation.
+        lattice: the grid that the network grid continues, where one is given.
     """
-    geometry = volume.geometry
     facts = {
-        "shape": list(geometry.shape),
-        "spacing": geometry.spacing.tolist(),
-        "origin": geometry.origin.tolist(),
-        "direction": geometry.direction.tolist(),
+        **_plain(volume.geometry),
+        "lattice": None if lattice is None else _plain(lattice),
         "dtype": str(volume.array.dtype),
         "modality": volume.modality,
         "input_map": model.input_map.to_dict(),

@@ -27,30 +27,37 @@ SOFT_TISSUE_KNOTS: tuple[tuple[float, float], ...] = (
 """HU -> 0..1 with room for soft tissue (our pilots); the released networks use the full linear window instead."""
 
 
-def network_geometry(geometry: Geometry, stride: tuple[int, int, int]) -> Geometry:
-    """The 2 mm grid with axes along L, P, S that covers a scan's box, padded at the far ends.
+def network_geometry(geometry: Geometry, stride: tuple[int, int, int], lattice: Geometry | None = None) -> Geometry:
+    """The 2 mm grid that covers a scan's box, padded at the far ends.
 
     Args:
         geometry: any grid.
         stride: (z, y, x) coarse stride of the model; sizes become its multiples.
-
-    Returns:
-        Grid whose first voxel's outer corner lies on the box's lower corner.
+        lattice: a network grid whose axes and coarse cells are continued over the scan; without one the axes run along
+            L, P, S and the first voxel's outer corner lies on the box's lower corner.
 
     Raises:
         InputError: the grid would be absurdly large (a wrong spacing in the header).
     """
-    low, high = geometry.bounds_mm()
-    cells = np.maximum(np.ceil((high - low) / NETWORK_SPACING_MM - 1e-6), 1).astype(np.int64)
     steps = np.asarray(stride[::-1], dtype=np.int64)
-    cells = -(-cells // steps) * steps
+    if lattice is None:
+        low, high = geometry.bounds_mm()
+        cells = np.maximum(np.ceil((high - low) / NETWORK_SPACING_MM - 1e-6), 1).astype(np.int64)
+        cells = -(-cells // steps) * steps
+        origin, direction = low + NETWORK_SPACING_MM / 2, np.eye(3)
+    else:
+        edges = lattice.mm_to_index(geometry.corners_mm()) + 0.5
+        first = np.floor(edges.min(axis=0) / steps + 1e-6).astype(np.int64) * steps
+        cells = np.ceil(edges.max(axis=0) / steps - 1e-6).astype(np.int64) * steps - first
+        low, high = np.zeros(3), cells * NETWORK_SPACING_MM
+        origin, direction = lattice.index_to_mm(first)[0], lattice.direction
     if int(np.prod(cells)) > MAX_NETWORK_VOXELS:
         raise InputError(
             f"the scan's box of {np.round(high - low).astype(int).tolist()} mm is too large to embed; "
             "check its spacing or crop it"
         )
     shape = (int(cells[2]), int(cells[1]), int(cells[0]))
-    return Geometry(shape, np.full(3, NETWORK_SPACING_MM), low + NETWORK_SPACING_MM / 2, np.eye(3))
+    return Geometry(shape, np.full(3, NETWORK_SPACING_MM), origin, direction)
 
 
 def decide_modality(volume: Volume, requested: str = "auto", option: str = "--fixed-modality") -> tuple[str, str]:
@@ -241,13 +248,16 @@ class NetworkInput:
         return self.volume.geometry
 
 
-def prepare(volume: Volume, input_map: InputMap, stride: tuple[int, int, int]) -> NetworkInput:
+def prepare(
+    volume: Volume, input_map: InputMap, stride: tuple[int, int, int], lattice: Geometry | None = None
+) -> NetworkInput:
     """Resample once to the network grid (anti-aliased where the scan is finer) and normalise.
 
     Args:
         volume: scan with its modality decided ("ct" or "mr").
         input_map: the model's input map.
         stride: (z, y, x) coarse stride of the model.
+        lattice: see `network_geometry`.
 
     Raises:
         ModalityError: the volume's modality is not decided.
@@ -255,7 +265,7 @@ def prepare(volume: Volume, input_map: InputMap, stride: tuple[int, int, int]) -
     """
     if volume.modality not in ("ct", "mr"):
         raise ModalityError(f"{volume.path or 'the image'}: the modality is not decided; give ct or mr")
-    grid = network_geometry(volume.geometry, stride)
+    grid = network_geometry(volume.geometry, stride, lattice)
     on_grid, inside = resample_with_mask(volume, grid, antialias=True)
     valid = inside.array > 0
     body = body_mask(on_grid) & valid

@@ -140,8 +140,9 @@ def test_calibrated_limits_separate():
     guided += [match(60.0, score=0.8 + 0.001 * i, margin=0.01) for i in range(30)]
     cases = [case(1.0, features=noisy(GOOD), guided=guided, ct=ct) for ct in "ab" for _ in range(8)]
     cases += [case(50.0, features=noisy(BAD), guided=guided, ct=ct) for ct in "ab" for _ in range(4)]
+    free = [match(None, margin=0.01)] * 5
     negatives = [
-        {"kind": "no-overlap", "registration": {"features": noisy(BAD)}, "matches": [match(None, margin=0.01)] * 5}
+        {"kind": "no-overlap", "registration": {"features": noisy(BAD)}, "fixed_point": free, "guided": []}
         for _ in range(6)
     ]
     thresholds = calibrate(cases, negatives)

@@ -14,6 +14,7 @@ from uae.registration.adareg import ACCEPTED, REFUSED, REVIEW, AdaRegResult
 from uae.registration.output import OWNED, write_result
 from uae.registration.pipeline import RegisterOptions, RegistrationResult, crop_geometry, deform
 from uae.registration.refine import RefineResult
+from uae.registration.relate import Relation
 from uae.registration.summary import build_report, linear_figures
 from uae.transform import Affine, DisplacementField, Rigid
 from uae.volume import Volume
@@ -201,7 +202,7 @@ def registered(result, monkeypatch):
         found = result.adareg
         found.verdict, found.reason = verdict, f"by the limits: {verdict}"
         monkeypatch.setattr("uae.embedding.embed", lambda *_, **__: Body())
-        monkeypatch.setattr(pipeline, "estimate", lambda *_, **__: found)
+        monkeypatch.setattr(pipeline, "relate", lambda *_, **__: Relation(found, Body(), Body()))
         monkeypatch.setattr(pipeline, "refine_rigid", lambda *_, **__: refined)
         return pipeline.register(result.fixed, result.moving, Model(), RegisterOptions(device="cpu", **options))
 

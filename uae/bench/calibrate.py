@@ -154,9 +154,9 @@ def fit_registration(
     wrong = _rows([case for case in cases if is_wrong(case)])
     apart = _rows([pair for pair in negatives if pair["kind"] == NO_OVERLAP])
     others = _rows([pair for pair in negatives if pair["kind"] != NO_OVERLAP])
-    accepted = fit_box(right, np.concatenate([wrong, apart, others]))
     # First the pairs without overlap, all of them; then the wrong ones down to the tolerated share.
     review = fit_box(right, wrong, math.floor(wrong_in_review * len(wrong)), start=fit_box(right, apart))
+    accepted = fit_box(right, np.concatenate([wrong, apart, others]), start=review)
     limits = {"accepted": accepted.as_limits(), "review": review.as_limits()}
     sizes = [case["registration"]["features"].get(SIZE) for case in cases if case["registration"]["features"]]
     known = [size for size in sizes if size is not None]
@@ -255,10 +255,11 @@ def calibrate(cases: Sequence[Mapping[str, Any]], negatives: Sequence[Mapping[st
         for name in sets
     }
     guided = {name: [match for match in records if match["method"] == "guided"] for name, records in auto.items()}
-    apart = [match for pair in negatives if pair["kind"] == NO_OVERLAP for match in pair["matches"]]
+    apart = [pair for pair in negatives if pair["kind"] == NO_OVERLAP]
+    passed = [match for pair in apart for match in auto_matches(pair, registration) if match["method"] == "guided"]
     by_method = {
-        "fixed-point": fit_match(free, [match for match in apart if match["method"] == "fixed-point"]),
-        "guided": fit_match(guided, [match for match in apart if match["method"] == "guided"]),
+        "fixed-point": fit_match(free, [match for pair in apart for match in pair["fixed_point"]]),
+        "guided": fit_match(guided, passed),
     }
     return {
         "registration": registration,
@@ -278,7 +279,7 @@ def judge_thresholds(
     for kind in sorted({pair["kind"] for pair in negatives}):
         pairs = [pair for pair in negatives if pair["kind"] == kind]
         verdicts = [verdict_of_case(pair, limits) for pair in pairs]
-        matches = [match for pair in pairs for match in pair["matches"]]
+        matches = [match for pair in pairs for match in auto_matches(pair, limits)]
         result[kind] = {
             "pairs": len(pairs),
             "accepted": verdicts.count(ACCEPTED),

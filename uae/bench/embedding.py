@@ -20,9 +20,10 @@ from uae.files import atomic_path
 from uae.matching import Match, match_points, nearest
 from uae.preprocess import body_mask
 from uae.progress import Cancel, Progress, check_cancel, report
-from uae.registration.adareg import REVIEW, estimate
+from uae.registration.adareg import REVIEW
 from uae.registration.masks import body_volume
 from uae.registration.refine import refine_rigid
+from uae.registration.relate import relate
 from uae.simulate import SETS, SimulatedPair, simulate_mr
 from uae.transform import Transform
 from uae.volume import Volume
@@ -130,7 +131,8 @@ def run_case(
     errors = np.linalg.norm(places - truth, axis=1)
     lap("nearest")
 
-    found = estimate(fixed, moving, limits=model.thresholds.get("registration"), cancel=cancel)
+    relation = relate(pair.fixed, pair.moving, fixed, moving, model, options.device, cache=False, cancel=cancel)
+    found = relation.found
     tre = transform_tre(found.transform, pair.moving_body_points, pair.fixed_body_points)
     lap("register")
     refined = {"tre_mm": tre, "used": False, "failed": found.transform is None, "moved_mm": None, "moved_deg": None}
@@ -151,7 +153,7 @@ def run_case(
     if found.transform is not None:
         # Whatever the verdict: which of the two the product gives is decided when verdicts are judged (`auto_matches`).
         guided = match_records(
-            moving, fixed, few, few_truth, "guided", found.transform.inverse(), REVIEW,
+            relation.moving, relation.fixed, few, few_truth, "guided", found.transform.inverse(), REVIEW,
             pair_score_of(model, "guided"), cancel,
         )
     lap("guided")

@@ -17,7 +17,8 @@ from uae.embedding import embed
 from uae.errors import InputError
 from uae.phantom import VALIDATION_SEEDS, make_phantom
 from uae.progress import Cancel, Progress, check_cancel, report
-from uae.registration.adareg import REFUSED, body_points, estimate, spread_sample
+from uae.registration.adareg import REVIEW, body_points, spread_sample
+from uae.registration.relate import relate
 from uae.simulate import simulate_mr
 from uae.volume import Geometry, Volume
 
@@ -114,7 +115,7 @@ def run_negatives(
         cancel: asked between and within pairs.
 
     Returns:
-        Records {name, kind, registration: {verdict, features, ...}, matches}; a match's error_mm is None.
+        Records {name, kind, registration: {verdict, features, ...}, fixed_point, guided}; a match's error_mm is None.
 
     Raises:
         InputError: no data.
@@ -127,19 +128,23 @@ def run_negatives(
         report(progress, "negatives", len(records) / total)
         fixed, moving = (embed(scan, model, device=device, cancel=cancel) for scan in (pair.fixed, pair.moving))
         try:
-            found = estimate(fixed, moving, limits=model.thresholds.get("registration"), cancel=cancel)
+            relation = relate(pair.fixed, pair.moving, fixed, moving, model, device, cancel=cancel)
         except InputError as error:
             logger.warning("%s: left out, %s", pair.name, error)
             continue
+        found = relation.found
         points = spread_sample(body_points(moving), QUERIES, np.random.default_rng(0))
-        method, prior = "fixed-point", None
-        if found.transform is not None and found.verdict != REFUSED:
-            method, prior = "guided", found.transform.inverse()
-        matches = match_records(
-            moving, fixed, points, None, method, prior, found.verdict, pair_score_of(model, method), cancel
-        )
+        score = pair_score_of(model, "fixed-point")
+        free = match_records(moving, fixed, points, None, "fixed-point", pair_score=score, cancel=cancel)
+        guided = free
+        if found.transform is not None:
+            # Whatever the verdict: other limits may let the pair pass.
+            guided = match_records(
+                relation.moving, relation.fixed, points, None, "guided", found.transform.inverse(), REVIEW,
+                pair_score_of(model, "guided"), cancel,
+            )
         records.append(plain({
-            "name": pair.name, "kind": pair.kind, "matches": matches,
+            "name": pair.name, "kind": pair.kind, "fixed_point": free, "guided": guided,
             "registration": {
                 "verdict": found.verdict, "reason": found.reason, "queried": found.queried, "mutual": found.mutual,
                 "inliers": found.inliers, "features": found.features,

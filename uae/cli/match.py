@@ -138,16 +138,27 @@ class _Matcher:
         model = load_model_for(arguments.model, self._template, scan)
         template = self._embedding(model)
         embedded = embed_scan(scan, model, arguments, self._session, "query")
-        prior, verdict = None, None
+        prior, verdict, seen = None, None, (template, embedded)
         if arguments.method in ("auto", "guided"):
-            from uae.registration.adareg import estimate
+            from uae.registration.relate import relate
 
-            pair = estimate(template, embedded, limits=model.thresholds.get("registration"), progress=progress)
-            prior, verdict = pair.transform, pair.verdict
-            logger.info("prior of the pair: %s (%s)", verdict, pair.reason)
+            pair = relate(
+                self._template,
+                scan,
+                template,
+                embedded,
+                model,
+                device=arguments.device,
+                memory_mb=arguments.memory_mb,
+                cache=not arguments.no_cache,
+                progress=progress,
+            )
+            prior, verdict = pair.found.transform, pair.found.verdict
+            logger.info("prior of the pair: %s (%s)", verdict, pair.found.reason)
+            if verdict != "refused":
+                seen = pair.fixed, pair.moving
         matches = match_points(
-            template,
-            embedded,
+            *seen,
             self._points.points,
             self._points.labels,
             method=arguments.method,

@@ -9,18 +9,25 @@ from __future__ import annotations
 
 import logging
 import math
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import numpy as np
-from scipy.stats import binom
 
 from uae.embedding import Embedding
 from uae.errors import InputError, NoConfidentResultError
 from uae.matching import mutual_matches
 from uae.progress import Cancel, Progress, check_cancel, report
+from uae.registration.evidence import (
+    TOLERANCE_MM,
+    body_overlap,
+    held_out,
+    heldout_figures,
+    similarity_gain,
+    stability,
+)
 from uae.registration.hypotheses import best_hypothesis
 from uae.registration.masks import inside
-from uae.registration.rigid import ELSEWHERE_MM, arun, box_corners, fit_affine, ransac, spread_mm
+from uae.registration.rigid import ELSEWHERE_MM, box_corners, fit_affine, ransac, spread_mm
 from uae.transform import Affine, Rigid
 from uae.volume import Volume
 
@@ -29,8 +36,6 @@ log = logging.getLogger(__name__)
 ACCEPTED, REVIEW, REFUSED = "accepted", "review", "refused"
 N_POINTS = 800  # our measurement; the authors use about one point per 18 ml
 CYCLE_MM = 8.0  # our measurement: two fine cells
-TOLERANCE_MM = 10.0  # our measurement; also the distance by which held-out matches are judged (the field's CPM@10mm)
-HELDOUT_SHARE = 0.2
 MIN_INLIERS = 4
 MIN_MATCHES = 8  # below it neither a fit nor a held-out share says anything
 AFFINE_STRETCH = (
@@ -83,6 +88,8 @@ class AdaRegResult:
     fixed_points, moving_points: (M, 3) all mutual matches; inlier_mask, heldout_mask: bool (M,); scores (M,).
     spread_mm: smallest principal standard deviation of the inliers in the fixed scan.
     features: every figure a verdict may use, for calibration.
+    rigid: fixed -> moving without the affine part. searched: whose points were searched in the other, "fixed" or
+        "moving" (the smaller body).
     """
 
     verdict: str
@@ -103,6 +110,8 @@ class AdaRegResult:
     scores: np.ndarray = field(default_factory=lambda: np.zeros(0))
     spread_mm: float = 0.0
     features: dict[str, float] = field(default_factory=dict)
+    rigid: Rigid | None = None
+    searched: str = "moving"
 
 
 def body_points(embedding: Embedding, mask: Volume | None = None) -> np.ndarray:
@@ -172,88 +181,6 @@ _NEXT_STEP = (
 )
 
 
-def _heldout(transform: Affine, source: np.ndarray, target: np.ndarray) -> dict[str, float]:
-    """Judge a transform on matches it has not seen, against the share that chance gives.
-
-    Chance = how often the predicted place of one match lies within 10 mm of the match of another: it is high where all
-    matches crowd in one corner.
-    """
-    predicted = transform.apply(source)
-    residual = np.linalg.norm(predicted - target, axis=1)
-    count = len(residual)
-    crossed = np.linalg.norm(predicted[:, None] - target[None], axis=2) <= TOLERANCE_MM
-    np.fill_diagonal(crossed, False)
-    chance = float(crossed.sum() / max(count * (count - 1), 1))
-    hits = int((residual <= TOLERANCE_MM).sum())
-    # One more hit and miss than seen keeps a chance of 0 from looking like certainty with few matches.
-    smoothed = (chance * count + 1.0) / (count + 2.0)
-    return {
-        "heldout": count,
-        "heldout_within_10mm": hits / max(count, 1),
-        "heldout_chance": chance,
-        "heldout_log10_p": float(max(binom.logsf(hits - 1, count, smoothed) / math.log(10.0), -300.0)) if hits else 0.0,
-        "heldout_residual_median_mm": float(np.median(residual)) if count else math.nan,
-        "heldout_inlier_median_mm": float(np.median(residual[residual <= TOLERANCE_MM])) if hits else math.nan,
-    }
-
-
-def _stability(
-    source: np.ndarray, target: np.ndarray, corners: np.ndarray, rng: np.random.Generator, rounds: int = 20
-) -> float:
-    """How much the result depends on which matches agree, mm.
-
-    Median over random halves of the inliers of the largest distance between the two halves' places of the body's
-    corners (8, 3).
-    """
-    moved = []
-    for _ in range(rounds):
-        order = rng.permutation(len(source))
-        half = len(order) // 2
-        try:
-            one, two = (arun(source[part], target[part]) for part in (order[:half], order[half:]))
-        except NoConfidentResultError:
-            continue
-        moved.append(np.linalg.norm(one.apply(corners) - two.apply(corners), axis=1).max())
-    return float(np.median(moved)) if moved else 1e3
-
-
-def _similarity_gain(
-    source: Embedding, target: Embedding, transform: Affine, points: np.ndarray, step_mm: float = 24.0
-) -> float:
-    """Mean over points (N, 3) of the similarity at the predicted place minus the mean over six places `step_mm` away.
-
-    It uses the whole body, also the places that gave no mutual match, so that agreement of a few matches alone cannot
-    raise it.
-    """
-    places = transform.apply(points)
-    landed = target.geometry.contains(places)
-    if landed.sum() < MIN_MATCHES:
-        return 0.0
-    places, own = places[landed], source.descriptors(points[landed]).astype(np.float32)
-    at_place = np.einsum("nd,nd->n", own, target.descriptors(places).astype(np.float32))
-    around, known = np.zeros(len(places)), np.zeros(len(places))
-    for axis in range(3):
-        for sign in (-1.0, 1.0):
-            shifted = places + sign * step_mm * np.eye(3)[axis]
-            usable = target.geometry.contains(shifted)
-            if usable.any():
-                around[usable] += np.einsum(
-                    "nd,nd->n", own[usable], target.descriptors(shifted[usable]).astype(np.float32)
-                )
-                known += usable
-    both = known > 0
-    return float(np.nanmean(at_place[both] - around[both] / known[both])) if both.any() else 0.0
-
-
-def _body_overlap(target: Embedding, transform: Affine, points: np.ndarray) -> float:
-    """Share of the source's body points (N, 3) that land in the target's body, of those that land in its scan."""
-    index = np.rint(target.fine_geometry.mm_to_index(transform.apply(points))).astype(int)[:, ::-1]
-    within = ((index >= 0) & (index < target.body.shape)).all(axis=1)
-    index = index[within]
-    valid = target.valid[tuple(index.T)]
-    return float(target.body[tuple(index[valid].T)].mean()) if valid.any() else 0.0
-
-
 def _affine(rigid: Rigid, source: np.ndarray, target: np.ndarray) -> Affine:
     """Robust affine through the inliers, or `rigid` where the matches do not determine a plausible one."""
     try:
@@ -274,6 +201,14 @@ def _affine(rigid: Rigid, source: np.ndarray, target: np.ndarray) -> Affine:
     return affine
 
 
+def _masked(embedding: Embedding, mask: Volume | None) -> Embedding:
+    """The embedding with its body cut to a mask image > 0, so that nothing outside is searched or found."""
+    if mask is None:
+        return embedding
+    keep = inside(mask, embedding.fine_geometry.grid_points_mm()).reshape(embedding.body.shape)
+    return replace(embedding, body=embedding.body & keep, _search=None)
+
+
 def estimate(
     fixed: Embedding,
     moving: Embedding,
@@ -283,6 +218,7 @@ def estimate(
     seed: int = 0,
     fixed_mask: Volume | None = None,
     moving_mask: Volume | None = None,
+    first: AdaRegResult | None = None,
     progress: Progress | None = None,
     cancel: Cancel | None = None,
 ) -> AdaRegResult:
@@ -300,6 +236,7 @@ def estimate(
         seed: of all random choices.
         fixed_mask: image > 0 where matches may lie in the fixed scan.
         moving_mask: the same for the moving scan.
+        first: result of a first pass; its rigid is one more hypothesis, and the same scan is searched.
         progress: told the stage "match".
         cancel: asked during the search.
 
@@ -311,42 +248,40 @@ def estimate(
         CancelledError: the user stopped.
     """
     rng = np.random.default_rng(seed)
-    bodies = {"fixed": body_points(fixed, fixed_mask), "moving": body_points(moving, moving_mask)}
+    scans = {"fixed": _masked(fixed, fixed_mask), "moving": _masked(moving, moving_mask)}
+    bodies = {name: body_points(scan) for name, scan in scans.items()}
     for name, points in bodies.items():
         if not len(points):
             raise InputError(
                 f"no body was found in the {name} image (or inside its mask); check image, modality and mask"
             )
-    swap = len(bodies["moving"]) <= len(bodies["fixed"])
-    source, target = (moving, fixed) if swap else (fixed, moving)
-    body = bodies["moving" if swap else "fixed"]
-    source_mask, target_mask = (moving_mask, fixed_mask) if swap else (fixed_mask, moving_mask)
+    swap = len(bodies["moving"]) <= len(bodies["fixed"]) if first is None else first.searched == "moving"
+    searched, other = ("moving", "fixed") if swap else ("fixed", "moving")
+    source, target, body = scans[searched], scans[other], bodies[searched]
     queries = spread_sample(body, n_points, rng)
     report(progress, "match", 0.0)
     check_cancel(cancel)
     found_source, found_target, scores, cycle = mutual_matches(source, target, queries, cycle_mm=CYCLE_MM)
     check_cancel(cancel)
     report(progress, "match", 0.8)
-    mutual = (
-        np.isfinite(cycle) & (cycle <= CYCLE_MM) & inside(source_mask, found_source) & inside(target_mask, found_target)
-    )
+    mutual = np.isfinite(cycle) & (cycle <= CYCLE_MM)
     a, b, scores = found_source[mutual], found_target[mutual], np.asarray(scores, dtype=np.float64)[mutual]
     pair = (b, a) if swap else (a, b)
     result = AdaRegResult(
-        REFUSED, "", queried=len(queries), mutual=len(a), fixed_points=pair[0], moving_points=pair[1], scores=scores
-    )
-    result.heldout_mask = np.zeros(len(a), dtype=bool)
-    result.inlier_mask = np.zeros(len(a), dtype=bool)
+        REFUSED, "", queried=len(queries), mutual=len(a), fixed_points=pair[0], moving_points=pair[1], scores=scores,
+        searched=searched, heldout_mask=held_out(a), inlier_mask=np.zeros(len(a), dtype=bool),
+    )  # fmt: skip
     if len(a) < MIN_MATCHES:
         result.reason = f"only {len(a)} of {len(queries)} points find a mutual match{_NEXT_STEP}"
         return result
-    result.heldout_mask[rng.choice(len(a), max(2, round(HELDOUT_SHARE * len(a))), replace=False)] = True
     fit = ~result.heldout_mask
+    earlier = None if first is None else first.rigid
+    if earlier is not None and swap:
+        earlier = earlier.inverse()
     try:
         winner = ransac(a[fit], b[fit], tolerance_mm=TOLERANCE_MM, seed=seed)
-        seen = np.ones(len(queries), dtype=bool)
-        seen[np.flatnonzero(mutual)[result.heldout_mask]] = False
-        chosen = best_hypothesis(source, target, a[fit], b[fit], queries[seen], seed, cancel)
+        shown = queries[~held_out(queries)]
+        chosen = best_hypothesis(source, target, a[fit], b[fit], shown, earlier, seed, cancel)
     except NoConfidentResultError as error:
         result.reason = f"{error}{_NEXT_STEP}"
         return result
@@ -379,11 +314,11 @@ def estimate(
         "hypothesis_score": chosen.score,
         "hypothesis_margin": chosen.margin,
         "rotation_deg": float(rigid.rotation_angle_deg()),
-        "stability_mm": _stability(a[agreed], b[agreed], corners, rng),
-        "similarity_gain": _similarity_gain(source, target, rigid, queries),
-        "body_overlap": _body_overlap(target, rigid, queries),
+        "stability_mm": stability(a[agreed], b[agreed], corners, rng),
+        "similarity_gain": similarity_gain(source, target, rigid, queries),
+        "body_overlap": body_overlap(target, rigid, queries),
         "smaller_body_ml": float(len(body) * source.fine_geometry.voxel_volume_mm3 / 1000.0),
-        **_heldout(rigid, a[result.heldout_mask], b[result.heldout_mask]),
+        **heldout_figures(rigid, a[result.heldout_mask], b[result.heldout_mask]),
     }
     for name in ("inliers", "heldout", "heldout_within_10mm", "heldout_chance", "spread_mm"):
         setattr(result, name, result.features[name])
@@ -393,6 +328,7 @@ def estimate(
     result.verdict, result.reason = verdict_of(result.features, limits)
     linear = _affine(rigid, a[agreed], b[agreed]) if affine else rigid
     result.transform = linear.inverse() if swap else linear
+    result.rigid = rigid.inverse() if swap else rigid
     report(progress, "match", 1.0)
     log.info(
         "AdaReg: %s, %d of %d mutual matches of %d points agree: %s",

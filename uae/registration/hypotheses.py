@@ -95,6 +95,7 @@ def best_hypothesis(
     source_points: np.ndarray,
     target_points: np.ndarray,
     body_points: np.ndarray,
+    earlier: Rigid | None = None,
     seed: int = 0,
     cancel: Cancel | None = None,
 ) -> Winner:
@@ -107,6 +108,7 @@ def best_hypothesis(
         target_points: (N, 3) mm of the matches.
         body_points: (M, 3) mm, points of the source's body, evenly spread; matches that are held out must not be
             among them.
+        earlier: one more hypothesis.
         seed: of all random choices.
         cancel: asked between the hypotheses.
 
@@ -116,6 +118,8 @@ def best_hypothesis(
     """
     corners = box_corners(body_points)
     rivals = distinct_rigids(source_points, target_points, corners, MAX_HYPOTHESES, APART_MM, seed=seed)
+    if earlier is not None:
+        rivals = [earlier, *rivals]
     rng = np.random.default_rng(seed)
     whole = _Body(source, target, body_points)
     scoring = whole.part(rng.permutation(len(body_points))[:SCORING_POINTS])

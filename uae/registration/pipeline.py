@@ -16,10 +16,11 @@ from uae.errors import InputError
 from uae.geometry import Geometry
 from uae.progress import Cancel, Progress, check_cancel, report
 from uae.quality import jacobian_statistics
-from uae.registration.adareg import ACCEPTED, N_POINTS, REFUSED, REVIEW, AdaRegResult, estimate
+from uae.registration.adareg import ACCEPTED, N_POINTS, REFUSED, REVIEW, AdaRegResult
 from uae.registration.masks import body_volume, both, inside
 from uae.registration.output import write_result
 from uae.registration.refine import RefineResult, overlap_points, refine_rigid
+from uae.registration.relate import relate
 from uae.registration.summary import build_report
 from uae.registration.taper import taper
 from uae.transform import Affine, Composite, DisplacementField, Rigid, Transform
@@ -161,18 +162,24 @@ def register(
                     cancel=cancel,
                 )
             )
-    with clock.stage("match"):
-        found = estimate(
-            *embeddings,
-            limits=model.thresholds.get("registration"),
-            n_points=options.n_points,
-            affine=options.affine,
-            seed=options.seed,
-            fixed_mask=options.fixed_mask,
-            moving_mask=options.moving_mask,
-            progress=progress,
-            cancel=cancel,
-        )
+    relation = relate(
+        fixed,
+        moving,
+        *embeddings,
+        model,
+        device=options.device,
+        memory_mb=options.memory_mb,
+        cache=options.cache,
+        n_points=options.n_points,
+        affine=options.affine,
+        seed=options.seed,
+        fixed_mask=options.fixed_mask,
+        moving_mask=options.moving_mask,
+        progress=progress,
+        cancel=cancel,
+    )
+    clock.seconds |= relation.seconds
+    found = relation.found
     result = RegistrationResult(
         found.verdict, found.reason, fixed, moving, found.transform, affine=options.affine, adareg=found
     )
