@@ -15,7 +15,15 @@ import numpy as np
 import SimpleITK as sitk
 
 from uae.device import inference_dtype, resolve_device
-from uae.embedding_cache import cache_key, discard, read_archive, read_cached, write_archive, write_cached
+from uae.embedding_cache import (
+    cache_key,
+    cache_limit_bytes,
+    discard,
+    read_archive,
+    read_cached,
+    write_archive,
+    write_cached,
+)
 from uae.errors import InputError
 from uae.geometry import Geometry, as_points
 from uae.inference import STAGE, run_model
@@ -259,6 +267,8 @@ def embed(
         ResourceError: memory is exhausted.
         CancelledError: the user stopped the work.
     """
+    if cache:
+        cache_limit_bytes()  # a bad setting is told now, not after the work
     if volume.modality is None:
         modality, reason = decide_modality(volume)
         volume = replace(volume, modality=modality, modality_reason=reason)

@@ -94,6 +94,8 @@ def read_points(path: str | Path) -> PointSet:
 def _to_lps(path: Path, system: str, points: list[list[float]]) -> list[np.ndarray]:
     if system not in ("LPS", "RAS"):
         raise InputError(f"{path}: coordinate system {system or 'missing'!r}; LPS or RAS is needed, save it again")
+    if any(len(p) != 3 for p in points):
+        raise ValueError("a position needs three numbers")
     flip = RAS_TO_LPS if system == "RAS" else np.ones(3)
     return [np.asarray(p, dtype=np.float64) * flip for p in points]
 

@@ -109,6 +109,7 @@ class OutOfMemoryError(RuntimeError):
         (ResourceError("full"), 4),
         (MemoryError(), 4),
         (OutOfMemoryError("CUDA out of memory. Tried to allocate 20 GiB"), 4),
+        (RuntimeError("Failed to allocate memory for image."), 4),
         (RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory: you tried to allocate"), 4),
         (OSError(errno.ENOSPC, "No space left on device"), 4),
         (CancelledError("cancelled"), 130),

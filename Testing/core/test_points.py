@@ -133,6 +133,7 @@ def test_bad_point_files_are_refused(tmp_path):
     refused(markups(tmp_path / "s.mrk.json", None, LPS), "coordinate system")
     refused(markups(tmp_path / "i.mrk.json", "IJK", LPS), "coordinate system")
     refused(markups(tmp_path / "n.mrk.json", "LPS", LPS, position=[1, 2]), "damaged")
+    refused(markups(tmp_path / "one.mrk.json", "RAS", LPS, position=[1]), "three numbers")
     refused(fcsv(tmp_path / "s.fcsv", None, LPS), "coordinate system")
     refused(fcsv(tmp_path / "i.fcsv", "2", LPS), "coordinate system")
 

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from uae.errors import InputError, NoConfidentResultError
-from uae.registration.rigid import arun, fit_affine, ransac, ransac_rigid, spread_mm, trimmed_rigid
+from uae.registration.rigid import arun, fit_affine, ransac, spread_mm, trimmed_rigid
 from uae.transform import Rigid
 
 
@@ -48,7 +48,8 @@ def test_rigid_ransac_survives_outliers(share):
     target = known().apply(points) + rng.normal(0.0, 2.0, points.shape)
     wrong = rng.permutation(200)[: int(200 * share)]
     target[wrong] = cloud(len(wrong), seed=2, center=known().apply(points).mean(axis=0))
-    found, inliers = ransac_rigid(points, target, seed=3)
+    result = ransac(points, target, seed=3)
+    found, inliers = result.transform, result.inliers
     assert np.linalg.norm(found.apply(points) - known().apply(points), axis=1).max() < 2.0
     right = np.ones(200, dtype=bool)
     right[wrong] = False
@@ -59,7 +60,7 @@ def test_rigid_ransac_survives_outliers(share):
 def test_rigid_ransac_is_reproducible():
     points = cloud(60)
     target = known().apply(points) + np.random.default_rng(4).normal(0.0, 3.0, points.shape)
-    first, second = (ransac_rigid(points, target, seed=5)[0].matrix for _ in range(2))
+    first, second = (ransac(points, target, seed=5).transform.matrix for _ in range(2))
     np.testing.assert_array_equal(first, second)
 
 
@@ -77,7 +78,7 @@ def test_refuse_rotation_beyond_the_limit_for_rigid():
     points = cloud(80)
     turned = Rigid.from_euler_deg(0.0, 0.0, 90.0, center=points.mean(axis=0))
     try:
-        found, _ = ransac_rigid(points, turned.apply(points))
+        found = ransac(points, turned.apply(points)).transform
     except NoConfidentResultError:
         return
     assert np.linalg.norm(found.apply(points) - turned.apply(points), axis=1).mean() > 50.0
@@ -92,13 +93,13 @@ def test_refuse_degenerate_matches_for_rigid(points):
     with pytest.raises(NoConfidentResultError):
         arun(points, points)
     with pytest.raises(NoConfidentResultError):
-        ransac_rigid(points, points)
+        ransac(points, points)
 
 
 def test_refuse_matches_that_never_agree_on_a_rigid():
     points = cloud(12)
     with pytest.raises(NoConfidentResultError):
-        ransac_rigid(points, points * 5.0)
+        ransac(points, points * 5.0)
 
 
 def test_rigid_bad_input_is_named():

@@ -7,8 +7,8 @@ from scipy.spatial import cKDTree
 
 from uae.errors import NoConfidentResultError
 from uae.geometry import Geometry
-from uae.registration.taper import minimum_determinant, residual, taper
-from uae.transform import Affine, Composite, DisplacementField, Rigid, write_transform
+from uae.registration.taper import minimum_determinant, taper
+from uae.transform import Composite, DisplacementField, Rigid, write_transform
 from uae.volume import Volume
 
 
@@ -107,18 +107,6 @@ def test_geometry_minimum_determinant_on_an_oblique_grid():
     vectors = (grid.grid_points_mm() @ matrix.T).reshape(*grid.shape, 3)
     expected = np.linalg.det(np.eye(3) + matrix)
     np.testing.assert_allclose(minimum_determinant(vectors, grid), expected, atol=1e-5)
-
-
-def test_geometry_residual_of_an_affine():
-    """A p + u_d = A (p + u)."""
-    grid = Geometry((4, 4, 4), (5.0, 5.0, 5.0), (0, 0, 0), turned())
-    matrix = np.eye(4)
-    matrix[:3, :3] = turned((0, 40, 10)) @ np.diag([1.1, 0.9, 1.05])
-    matrix[:3, 3] = (10.0, 20.0, -30.0)
-    affine, given = Affine(matrix), wavy(grid)
-    points = grid.grid_points_mm()
-    through = Composite([residual(affine, given), affine]).apply(points)
-    np.testing.assert_allclose(through, affine.apply(points) + given.displacement(points), atol=1e-4)
 
 
 def test_geometry_taper_file_carries_points_in_simpleitk(case, tmp_path):

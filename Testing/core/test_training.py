@@ -22,7 +22,7 @@ from uae.network import NetworkConfig, UAENet
 from uae.preprocess import InputMap
 from uae.training import appearance, augment, loop, losses, sampling
 from uae.training.config import read_config
-from uae.training.data import phantom_subject, subject_from_volume
+from uae.training.data import load_subjects, phantom_subject, subject_from_volume
 from uae.volume import Volume
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -255,3 +255,9 @@ def test_settings_override_and_missing_files_list_what_ships(tmp_path):
 def test_only_training_seeds_of_the_phantom_are_trained_on():
     with pytest.raises(InputError, match="not for training"):
         phantom_subject(100_000, 1.0)
+
+
+@pytest.mark.parametrize("name", ["ct_lidc0001_chest/ct.nii.gz", "mr_ukatge_abdcor/mr.nii.gz", "head_mni_ctmr/a.nii"])
+def test_volumes_kept_for_validation_or_testing_are_not_trained_on(name, tmp_path):
+    with pytest.raises(InputError, match="kept for validation or testing"):
+        load_subjects({"volumes": [{"file": name, "modality": "ct"}]}, tmp_path)

@@ -16,6 +16,12 @@ DEFAULT_DATA = "../shared/data"
 VALIDATION_CTS = ("ct_mij_abdpelvis", "ct_lidc0001_chest")
 """Subjects that choose settings and thresholds; weights are never trained on them."""
 
+HELD_BACK = (
+    *VALIDATION_CTS, "ct_riderpe_chest", "ct_ts_dicomslab", "ct_ts_heartcta", "ct_cip64_chest", "spine_tptbox",
+    "mr_ukat", "mr_prostatex0000_pelvis", "head_mni_ctmr",
+)  # fmt: skip
+"""Beginnings of the names of all folders of the collection that are for validation or testing."""
+
 
 @dataclass(frozen=True)
 class DataFolder:

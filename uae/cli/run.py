@@ -88,7 +88,8 @@ def _is_torch_out_of_memory(error: BaseException) -> bool:
     kinds = {kind.__name__ for kind in type(error).__mro__}
     text = str(error).lower()
     return "OutOfMemoryError" in kinds or (
-        isinstance(error, RuntimeError) and ("out of memory" in text or "can't allocate memory" in text)
+        isinstance(error, RuntimeError)
+        and any(words in text for words in ("out of memory", "can't allocate memory", "failed to allocate memory"))
     )
 
 

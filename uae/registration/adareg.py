@@ -113,6 +113,13 @@ class AdaRegResult:
     rigid: Rigid | None = None
     searched: str = "moving"
 
+    def judge_by(self, figures: dict[str, float]) -> None:
+        """Take the held-out figures over; where there is no such match a residual is None."""
+        self.heldout = int(figures["heldout"])
+        self.heldout_within_10mm, self.heldout_chance = figures["heldout_within_10mm"], figures["heldout_chance"]
+        for name in ("heldout_residual_median_mm", "heldout_inlier_median_mm"):
+            setattr(self, name, None if math.isnan(figures[name]) else figures[name])
+
 
 def body_points(embedding: Embedding, mask: Volume | None = None) -> np.ndarray:
     """Centres (N, 3) mm of the fine cells inside the body and, where given, inside a mask image (voxels > 0)."""
@@ -320,13 +327,13 @@ def estimate(
         "smaller_body_ml": float(len(body) * source.fine_geometry.voxel_volume_mm3 / 1000.0),
         **heldout_figures(rigid, a[result.heldout_mask], b[result.heldout_mask]),
     }
-    for name in ("inliers", "heldout", "heldout_within_10mm", "heldout_chance", "spread_mm"):
-        setattr(result, name, result.features[name])
-    for name in ("heldout_residual_median_mm", "heldout_inlier_median_mm"):
-        value = result.features[name]
-        setattr(result, name, None if math.isnan(value) else value)
+    result.inliers, result.spread_mm = result.features["inliers"], result.features["spread_mm"]
+    result.judge_by(result.features)
     result.verdict, result.reason = verdict_of(result.features, limits)
-    linear = _affine(rigid, a[agreed], b[agreed]) if affine else rigid
+    linear = rigid
+    if affine:
+        linear = _affine(rigid, a[agreed], b[agreed])
+        result.judge_by(heldout_figures(linear, a[result.heldout_mask], b[result.heldout_mask]))
     result.transform = linear.inverse() if swap else linear
     result.rigid = rigid.inverse() if swap else rigid
     report(progress, "match", 1.0)

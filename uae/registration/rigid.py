@@ -328,16 +328,3 @@ def ransac(
     transform = trimmed_rigid(source, target, Rigid.from_rotation(rotation[best], translation[best]), tolerance_mm)
     inliers = np.linalg.norm(transform.apply(source) - target, axis=1) <= tolerance_mm
     return RansacResult(transform, inliers, int(count[elsewhere].max(initial=0)), len(rotation))
-
-
-def ransac_rigid(
-    source: np.ndarray,
-    target: np.ndarray,
-    tolerance_mm: float = RANSAC_TOLERANCE_MM,
-    iterations: int = RANSAC_ITERATIONS,
-    max_rotation_deg: float = RANSAC_MAX_ROTATION_DEG,
-    seed: int = 0,
-) -> tuple[Rigid, np.ndarray]:
-    """As `ransac`, returning only the transform and the inliers, bool (N,)."""
-    result = ransac(source, target, tolerance_mm, iterations, max_rotation_deg, seed)
-    return result.transform, result.inliers

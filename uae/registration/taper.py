@@ -51,12 +51,6 @@ class TaperResult:
     folding_outside: int
 
 
-def residual(linear: Affine, displacement: DisplacementField) -> DisplacementField:
-    """Turn `A p + u_d(p)`, u_d in moving space, into the exported form `A(p + u(p))`: u = A3^-1 u_d."""
-    inverse = np.linalg.inv(linear.matrix[:3, :3])
-    return DisplacementField(displacement.vectors @ inverse.T, displacement.geometry)
-
-
 def minimum_determinant(vectors: np.ndarray, geometry: Geometry, without: np.ndarray | None = None) -> np.ndarray:
     """Smallest determinant of I + grad u at each node over its up to eight neighbouring cells, (z, y, x) float32.
 

@@ -11,6 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from uae.bench.data import HELD_BACK
 from uae.errors import InputError
 from uae.preprocess import AIR_HU, body_mask, network_geometry
 from uae.progress import Cancel, Progress, check_cancel, report
@@ -101,6 +102,8 @@ def load_subjects(
     for index, entry in enumerate(entries):
         check_cancel(cancel)
         report(progress, "loading volumes", index / total)
+        if str(entry["file"]).startswith(HELD_BACK):
+            raise InputError(f"[data] {entry['file']} is kept for validation or testing; take it out of the list")
         volume = Volume.read(root / entry["file"])
         volume.modality = entry["modality"]
         subjects.append(subject_from_volume(entry["file"], volume, weight=float(entry.get("weight", 1.0))))
