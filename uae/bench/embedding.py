@@ -21,7 +21,7 @@ from uae.files import atomic_path
 from uae.matching import Match, match_points, nearest
 from uae.preprocess import body_mask
 from uae.progress import Cancel, Progress, check_cancel, report
-from uae.registration.adareg import REVIEW
+from uae.registration.adareg import ACCEPTED
 from uae.registration.masks import body_volume
 from uae.registration.refine import refine_rigid
 from uae.registration.relate import relate
@@ -155,7 +155,7 @@ def run_case(
     if found.transform is not None:
         # Whatever the verdict: which of the two the product gives is decided when verdicts are judged (`auto_matches`).
         guided = match_records(
-            relation.moving, relation.fixed, few, few_truth, "guided", found.transform.inverse(), REVIEW,
+            relation.moving, relation.fixed, few, few_truth, "guided", found.transform.inverse(), ACCEPTED,
             pair_score_of(model, "guided"), cancel,
         )
     lap("guided")

@@ -147,6 +147,7 @@ def match_points(
         refused prior searches freely; the reason says so.
     side: edge of the seed cube; options: all settings of the fixed points (then `side` is not used).
     prior: map from template to query mm with its inverse (AdaReg's transform of this pair); prior_verdict: its verdict.
+        Guided by a registration for review no match is confident.
     limits: calibrated limits of the model, see `confidence.judge` and `limits_for`; also 'pair_score', the smallest
         similarity of a pair of fixed points.
     Raises InputError for points outside the template scan, unknown methods, a guided method without a prior, an image
@@ -161,6 +162,7 @@ def match_points(
     if options is None:
         options = FixedPointOptions(side=side, min_score=own_limits.get("pair_score"))
     pair = _Pair(template, query, prior if method.startswith("guided") else None, prior_weight)
+    pair.for_review = pair.prior is not None and prior_verdict == "review"
     matches: list[Match] = []
     for begin in range(0, len(points_mm), _CHUNK):
         check_cancel(cancel)
@@ -198,6 +200,7 @@ class _Pair:
         self.template_index, self.query_index = search_index(template), search_index(query)
         self.prior, self.inverse = prior, None if prior is None else prior.inverse()
         self.weight = weight
+        self.for_review = False
         forward = self._seed_search(template, self.template_index, self.query_index, self.prior)
         backward = self._seed_search(query, self.query_index, self.template_index, self.inverse)
         self.forward = Memory(forward, len(self.template_index.cells))
@@ -264,7 +267,9 @@ def _match_chunk(
         Match(label, point, near, float(score), np.nan, 0, None, method, None, None, False, "")
         for label, point, near, score in zip(labels, points_mm, near_mm, scores, strict=True)
     ]
-    doubts: list[list[str]] = [[] for _ in drafts]
+    # Under a wrong prior all matches agree with each other: one vertebra too high looks as sure as the right one.
+    caution = ["the pair's registration is only for review"] if pair.for_review else []
+    doubts: list[list[str]] = [list(caution) for _ in drafts]
     in_air = ~_touches(pair.template, pair.template.body, points_mm)
     if method in ("fixed-point", "guided"):
         found = find_pairs(pair.template_index, pair.forward, pair.backward, points_mm, options, cancel)
