@@ -18,7 +18,7 @@ from uae.bench.parts import PARTIAL, PARTIAL_FROM, partial_pair
 from uae.embedding import Embedding, embed
 from uae.errors import InputError
 from uae.files import atomic_path
-from uae.matching import Match, match_points, nearest
+from uae.matching import PRIOR_MOST, Match, match_points, nearest
 from uae.preprocess import body_mask
 from uae.progress import Cancel, Progress, check_cancel, report
 from uae.registration.adareg import ACCEPTED
@@ -83,11 +83,16 @@ def match_records(
     prior: Transform | None = None, verdict: str | None = None, pair_score: float | None = None,
     cancel: Cancel | None = None,
 ) -> list[dict[str, Any]]:
-    """Match points (N, 3) mm and record them with their errors against truth (N, 3) mm (or None)."""
+    """Match points (N, 3) mm and record them with their errors against truth (N, 3) mm (or None).
+
+    They are matched as under `verdict`; what they lack to be confident is recorded as if the pair were accepted, since
+    other limits may give it another verdict.
+    """
     limits = ANY_MATCH if pair_score is None else {**ANY_MATCH, "pair_score": pair_score}
     found = match_points(
-        template, query, points, method=method, prior=prior, prior_verdict=verdict, limits=limits, cancel=cancel
-    )
+        template, query, points, method=method, prior=prior, prior_verdict=None if prior is None else ACCEPTED,
+        prior_most=np.inf if verdict == ACCEPTED else PRIOR_MOST, limits=limits, cancel=cancel,
+    )  # fmt: skip
     places = [None] * len(found) if truth is None else truth
     return [match_record(match, method, place) for match, place in zip(found, places, strict=True)]
 
@@ -155,7 +160,7 @@ def run_case(
     if found.transform is not None:
         # Whatever the verdict: which of the two the product gives is decided when verdicts are judged (`auto_matches`).
         guided = match_records(
-            relation.moving, relation.fixed, few, few_truth, "guided", found.transform.inverse(), ACCEPTED,
+            relation.moving, relation.fixed, few, few_truth, "guided", found.transform.inverse(), found.verdict,
             pair_score_of(model, "guided"), cancel,
         )
     lap("guided")

@@ -18,7 +18,7 @@ from uae.embedding import embed
 from uae.errors import InputError
 from uae.phantom import VALIDATION_SEEDS, make_phantom
 from uae.progress import Cancel, Progress, check_cancel, report
-from uae.registration.adareg import ACCEPTED, body_points, spread_sample
+from uae.registration.adareg import body_points, spread_sample
 from uae.registration.relate import relate
 from uae.simulate import simulate_mr
 from uae.volume import Volume
@@ -124,7 +124,7 @@ def run_negatives(
         if found.transform is not None:
             # Whatever the verdict: other limits may let the pair pass.
             guided = match_records(
-                relation.moving, relation.fixed, points, None, "guided", found.transform.inverse(), ACCEPTED,
+                relation.moving, relation.fixed, points, None, "guided", found.transform.inverse(), found.verdict,
                 pair_score_of(model, "guided"), cancel,
             )
         records.append(plain({

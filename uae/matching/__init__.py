@@ -2,10 +2,11 @@
 
 from uae.matching.confidence import judge, limits_for
 from uae.matching.fixed_point import FixedPointOptions
-from uae.matching.match import PRIOR_WEIGHT, Match, match_points, mutual_matches, nearest, similarity_map
+from uae.matching.match import PRIOR_MOST, PRIOR_WEIGHT, Match, match_points, mutual_matches, nearest, similarity_map
 from uae.matching.search import SearchIndex, search_index
 
 __all__ = [
+    "PRIOR_MOST",
     "PRIOR_WEIGHT",
     "FixedPointOptions",
     "Match",
