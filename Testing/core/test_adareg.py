@@ -5,6 +5,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 from scipy import ndimage
+from scipy.stats import binom
 
 from uae.embedding import Embedding
 from uae.errors import CancelledError, InputError, NoConfidentResultError
@@ -145,6 +146,14 @@ def test_rigid_holds_out_whole_cubes_and_always_the_same():
     same_cube = (np.floor(points / 16) == np.floor(neighbours / 16)).all(axis=1)
     np.testing.assert_array_equal(evidence.held_out(neighbours)[same_cube], held[same_cube])
     assert (evidence.held_out(points, seed=1) != held).any()
+
+
+@pytest.mark.parametrize(
+    ("hits", "count", "chance"), [(0, 9, 0.1), (1, 9, 0.1), (9, 9, 0.3), (40, 90, 0.02), (80, 90, 1e-5)]
+)
+def test_rigid_heldout_probability_is_the_binomial_one(hits, count, chance):
+    expected = max(binom.logsf(hits - 1, count, chance) / np.log(10.0), -300.0)
+    assert evidence._log10_at_least(hits, count, chance) == pytest.approx(expected, rel=1e-9, abs=1e-12)
 
 
 def test_rigid_second_pass_starts_from_the_first_and_searches_the_same_scan(scans):
