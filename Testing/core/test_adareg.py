@@ -175,6 +175,9 @@ def test_rigid_masks_restrict_matches(scans):
     mask = Volume((points[:, 2] < 15.0).astype(np.uint8).reshape(grid.shape), grid)
     found = estimate(scans["whole"], scans["part"], n_points=300, fixed_mask=mask)
     assert len(found.fixed_points) and found.fixed_points[:, 2].max() < 19.0
+    whole = estimate(scans["whole"], scans["part"], n_points=300)
+    # What a mask hides counts as unknown, not as air.
+    assert found.features["hypothesis_score"] > 0.8 * whole.features["hypothesis_score"]
     with pytest.raises(InputError, match="no body"):
         empty = Volume(np.zeros(grid.shape, np.uint8), grid)
         estimate(scans["whole"], scans["part"], fixed_mask=empty)

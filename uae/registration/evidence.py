@@ -22,8 +22,8 @@ LEAST_IN_PLACE = 8
 def held_out(points: np.ndarray, seed: int = 0) -> np.ndarray:
     """Bool (N,): points (N, 3) mm in about a fifth of all cubes of 16 mm, the same cubes at every call.
 
-    Whole cubes are kept from every fit, in both passes of a registration, so that no fit has seen a neighbour of a
-    match that judges it, and no match of the first pass comes back in the second.
+    Whole cubes are kept from every fit, in both passes of a registration, so that the matches around one that judges a
+    fit are mostly unseen as well, and no match of the first pass comes back in the second.
     """
     cubes, which = np.unique(np.floor(points / HELDOUT_CUBE_MM).astype(np.int64), axis=0, return_inverse=True)
     # Seeds are non-negative: 2**20 cubes are 16 km.
