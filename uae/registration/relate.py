@@ -120,7 +120,8 @@ def relate(
         pair = (fixed_embedding, again) if first.searched == "moving" else (again, moving_embedding)
         found = estimate(*pair, first=first, **options)
     except (InputError, ResourceError) as error:
-        log.warning("no second pass, the first one stands: %s", error)
+        level = logging.INFO if first.verdict == REFUSED else logging.WARNING
+        log.log(level, "no second pass, the first one stands: %s", error)
         return relation
     seconds = {**relation.seconds, "embed_again": middle - start, "match_again": time.perf_counter() - middle}
     log.info("second pass: %s after %s", found.verdict, first.verdict)
