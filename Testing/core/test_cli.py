@@ -21,7 +21,7 @@ from uae.cli.common import Session, check_writable, whole_folder
 from uae.cli.match import read_cohort
 from uae.errors import CancelledError, InputError, ModelError, NoConfidentResultError, ResourceError
 
-COMMANDS = ("register", "deform", "match", "apply", "embed", "train", "bench", "models", "phantom", "info")
+COMMANDS = ("register", "deform", "match", "apply", "embed", "train", "bench", "models", "phantom", "info", "worker")
 HEADER = "label,x_lps_mm,y_lps_mm,z_lps_mm\n"
 
 
