@@ -117,19 +117,20 @@ def array_of(volume: Any) -> np.ndarray:
     return vtk_to_numpy(image.GetPointData().GetScalars()).reshape(image.GetDimensions()[::-1])
 
 
-def write_volume(volume: Any, path: str | Path) -> None:
+def write_volume(volume: Any, path: str | Path, top: Any = None) -> None:
     """Write a scalar volume node as an uncompressed image in its WORLD frame; its voxels are not touched.
 
     Args:
         volume: scalar volume node; parents may turn, shift, mirror and scale it.
         path: .nrrd file to write.
+        top: the last of its parents that counts (all where None); the volume itself writes it in its own frame.
 
     Raises:
         UnsuitableNodeError: a parent is non-linear, the axes are sheared, or the node holds no grey image.
     """
     voxels = array_of(volume)
     image = sitk.GetImageFromArray(voxels)
-    _set_geometry(image, ijk_to_world_lps(volume), volume.GetName())
+    _set_geometry(image, ijk_to_world_lps(volume, top), volume.GetName())
     sitk.WriteImage(image, str(path), useCompression=False)
 
 

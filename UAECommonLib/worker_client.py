@@ -230,9 +230,8 @@ class WorkerClient:
             error: UAEError = CancelledError("cancelled; the helper process was ended")
         else:
             lines = self.runner.log.strip().splitlines()
-            error = ResourceError(
-                f"the helper process ended unexpectedly (code {exit_code}{': ' + lines[-1] if lines else ''}); try again"
-            )
+            last = f": {lines[-1]}" if lines else ""
+            error = ResourceError(f"the helper process ended unexpectedly (code {exit_code}{last}); try again")
         for one in waiting:
             self._failed(one, error)
 

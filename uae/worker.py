@@ -278,12 +278,12 @@ def _match_all(
     cancel: Cancel | None,
 ) -> list[dict[str, Any]]:
     """Matches of points (N, 3) LPS mm, in order; a point outside the template scan gets no place, and the reason."""
-    from uae.matching import match_points
+    from uae.matching import inside_scan, match_points
 
     found, guided = pair.relation.found, method in (*GUIDED, "guided-nearest")
     seen = (pair.relation.fixed, pair.relation.moving) if guided and pair.trusted else (pair.template, pair.query)
-    # descriptors are zero exactly where match_points would refuse the point, and with it all others
-    inside = seen[0].descriptors(points).any(axis=1)
+    # match_points would refuse a point outside, and with it all others
+    inside = inside_scan(seen[0], points)
     matches: list[Match] = []
     if inside.any():
         matches = match_points(
