@@ -7,8 +7,7 @@ share stays where it is, while the moving scan alone goes under a linear copy of
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -30,7 +29,7 @@ from UAECommonLib.mrml import (
 
 __all__ = [
     "OUTDATED", "ResultFiles", "ResultNodes", "find_results", "mark_outdated", "nodes_of", "outdated_reason", "place",
-    "read_result", "show", "take_earlier_away", "undo", "use_linear_interpolation",
+    "read_result", "show", "top_of", "undo", "use_linear_interpolation",
 ]  # fmt: skip
 
 FIXED, MOVING = "spatialRegistrationFixed", "spatialRegistrationMoving"
@@ -38,6 +37,7 @@ FIXED, MOVING = "spatialRegistrationFixed", "spatialRegistrationMoving"
 GRID, REPORT, IMAGE, CARRIER, MOVED, OLD_PARENT = (
     "UAE.grid", "UAE.report", "UAE.image", "UAE.carrier", "UAE.moved", "UAE.oldParent",
 )  # fmt: skip
+LINEAR = "vtkMRMLLinearTransformNode"
 KIND = "UAE.Registration"
 """Attribute of every node that a registration adds: linear, grid, copy, report or image."""
 OUTDATED = "UAE.Outdated"
@@ -81,7 +81,6 @@ class ResultNodes:
     image: Any = None
     report: Any = None
     copy: Any = None
-    added: list[Any] = field(default_factory=list)
 
     @property
     def figures(self) -> dict[str, Any]:
@@ -121,26 +120,19 @@ def read_result(folder: str | Path, with_image: bool = False) -> ResultFiles:
     return result
 
 
-def take_earlier_away(moving: Any) -> Callable[[], None]:
-    """Lift a moving scan out of our own earlier result, so that it stands where it stood before that.
+def top_of(moving: Any) -> Any:
+    """The last parent of a moving scan that does not come from our own earlier result; None where all count.
 
-    Args:
-        moving: volume node.
-
-    Returns:
-        A function that puts it back.
+    A scan is aligned afresh from where it stood before, so that results never pile up.
     """
     earlier = _result_above(moving)
-    if earlier is None:
-        return lambda: None
-    carrier = earlier.GetNodeReference(CARRIER)
-    parent_id = carrier.GetTransformNodeID()
-    carrier.SetAndObserveTransformNodeID(None)
-    return lambda: carrier.SetAndObserveTransformNodeID(parent_id)
+    return None if earlier is None else earlier.GetNodeReference(CARRIER)
 
 
 def place(scene: Any, files: ResultFiles, fixed: Any, moving: Any) -> ResultNodes:
     """Add a result's nodes and put the moving scan under them; all of it or nothing.
+
+    An earlier result above the moving scan is switched off and stays in the scene, marked as replaced.
 
     Args:
         scene: vtkMRMLScene.
@@ -156,39 +148,54 @@ def place(scene: Any, files: ResultFiles, fixed: Any, moving: Any) -> ResultNode
     """
     if files.linear is None:
         raise UnsuitableNodeError("a refused registration has no transform; the scene stays as it was")
+    top = top_of(moving)
+    check_linear_parents(moving, top)
     added: list[Any] = []
-    earlier = _result_above(moving)
-    put_back = take_earlier_away(moving)
     try:
-        check_linear_parents(moving)
-        return _place(scene, files, fixed, moving, earlier, added)
+        result = _add_nodes(scene, files, fixed, moving, top, added)
+        earlier = _result_above(moving)
+        carrier, moved, old_parent = _seat(scene, moving, earlier)
+        if carrier is None:
+            carrier = result.copy = _add(scene, added, LINEAR, f"{moving.GetName()}, copy of its transforms", "copy")
+            carrier.SetMatrixTransformToParent(vtk_matrix(world_matrix(moving)))
     except BaseException:
         for node in reversed(added):
             scene.RemoveNode(node)
-        put_back()
         raise
+    linear = result.linear
+    for role, node in ((CARRIER, carrier), (MOVED, moved), (OLD_PARENT, old_parent)):
+        linear.SetNodeReferenceID(role, node.GetID() if node is not None else None)
+    show(linear)
+    if result.copy is not None:
+        moving.SetAndObserveTransformNodeID(result.copy.GetID())
+    if earlier is not None:
+        mark_outdated(earlier, f"replaced by {linear.GetName()}")
+    return result
 
 
-def _place(scene: Any, files: ResultFiles, fixed: Any, moving: Any, earlier: Any, added: list[Any]) -> ResultNodes:
-    def add(class_name: str, name: str, kind: str) -> Any:
-        node = scene.AddNewNodeByClass(class_name, scene.GenerateUniqueName(name))
-        node.SetAttribute(KIND, kind)
-        added.append(node)
-        return node
+def _add(scene: Any, added: list[Any], class_name: str, name: str, kind: str) -> Any:
+    node = scene.AddNewNodeByClass(class_name, scene.GenerateUniqueName(name))
+    added.append(node)
+    node.SetAttribute(KIND, kind)
+    return node
 
+
+def _add_nodes(scene: Any, files: ResultFiles, fixed: Any, moving: Any, top: Any, added: list[Any]) -> ResultNodes:
+    """The nodes of a result with their references; nothing of the scene hangs below them yet."""
     pair = f"{moving.GetName()} to {fixed.GetName()}"
-    result = ResultNodes(add("vtkMRMLLinearTransformNode", f"{pair}, {files.kind}", "linear"), added=added)
+    result = ResultNodes(_add(scene, added, LINEAR, f"{pair}, {files.kind}", "linear"))
     linear = result.linear
     # The file runs fixed -> moving in LPS; "to parent" carries the moving scan to the fixed one in RAS.
     linear.SetMatrixTransformToParent(vtk_matrix(np.linalg.inv(flip_matrix(files.linear))))
     if files.field is not None:
-        result.grid = add("vtkMRMLGridTransformNode", f"{pair}, deformable (contour support, not dose)", "grid")
+        name = f"{pair}, deformable (contour support, not dose)"
+        result.grid = _add(scene, added, "vtkMRMLGridTransformNode", name, "grid")
         result.grid.SetAndObserveTransformFromParent(grid_transform(files.field))
         linear.SetNodeReferenceID(GRID, result.grid.GetID())
     for node in filter(None, (linear, result.grid)):
         node.SetNodeReferenceID(FIXED, fixed.GetID())
         node.SetNodeReferenceID(MOVING, moving.GetID())
-    result.report = add("vtkMRMLTextNode", f"{pair}, report", "report")
+    result.report = _add(scene, added, "vtkMRMLTextNode", f"{pair}, report", "report")
     result.report.SetText(json.dumps(files.report))
     linear.SetNodeReferenceID(REPORT, result.report.GetID())
     if files.image is not None:
@@ -197,32 +204,28 @@ def _place(scene: Any, files: ResultFiles, fixed: Any, moving: Any, earlier: Any
         result.image.SetAttribute(KIND, "image")
         linear.SetNodeReferenceID(IMAGE, result.image.GetID())
     linear.SetAttribute(FIXED_PRINT, fingerprint(fixed))
-    linear.SetAttribute(MOVING_PRINT, fingerprint(moving))
-
-    carrier = moved = _carrier(scene, moving)
-    if carrier is None:
-        moved = moving
-        result.copy = carrier = add("vtkMRMLLinearTransformNode", f"{moving.GetName()}, copy of its transforms", "copy")
-        carrier.SetMatrixTransformToParent(vtk_matrix(world_matrix(moving)))
-        linear.SetNodeReferenceID(OLD_PARENT, moving.GetTransformNodeID())
-    elif carrier.GetAttribute(KIND) == "copy" and earlier is not None:
-        moved = moving
-        linear.SetNodeReferenceID(OLD_PARENT, earlier.GetNodeReferenceID(OLD_PARENT))
-    linear.SetNodeReferenceID(CARRIER, carrier.GetID())
-    linear.SetNodeReferenceID(MOVED, moved.GetID())
-    show(linear)
-    if result.copy is not None:
-        moving.SetAndObserveTransformNodeID(result.copy.GetID())
+    linear.SetAttribute(MOVING_PRINT, fingerprint(moving, top))
     return result
 
 
-def _carrier(scene: Any, moving: Any) -> Any:
-    """What the result goes above: the moving node, its topmost parent, or None where that parent is shared."""
+def _seat(scene: Any, moving: Any, earlier: Any) -> tuple[Any, Any, Any]:
+    """Where a result goes: what it goes above, the node whose parent changes for it, and that node's old parent.
+
+    The first is None where the topmost parent of the moving scan is shared, and a copy of the chain has to be made.
+    """
+    if earlier is not None:
+        return tuple(earlier.GetNodeReference(role) for role in (CARRIER, MOVED, OLD_PARENT))
     chain = parent_chain(moving)
     if not chain:
-        return moving
+        return moving, moving, None
+    if chain[-1].GetAttribute(KIND) == "copy":  # made for an earlier result that is switched off
+        for linear in find_results(scene):
+            if linear.GetNodeReference(CARRIER) is chain[-1]:
+                return chain[-1], moving, linear.GetNodeReference(OLD_PARENT)
     own = {node.GetID() for node in (*chain, moving)}
-    return None if any(node.GetID() not in own for node in _below(scene, chain[-1])) else chain[-1]
+    if any(node.GetID() not in own for node in _below(scene, chain[-1])):
+        return None, moving, chain[0]
+    return chain[-1], chain[-1], None
 
 
 def _below(scene: Any, transform: Any) -> list[Any]:
@@ -243,8 +246,7 @@ def nodes_of(linear: Any) -> ResultNodes:
 
 def find_results(scene: Any) -> list[Any]:
     """The linear nodes of all results in a scene."""
-    count = scene.GetNumberOfNodesByClass("vtkMRMLLinearTransformNode")
-    nodes = [scene.GetNthNodeByClass(index, "vtkMRMLLinearTransformNode") for index in range(count)]
+    nodes = [scene.GetNthNodeByClass(index, LINEAR) for index in range(scene.GetNumberOfNodesByClass(LINEAR))]
     return [node for node in nodes if node.GetAttribute(KIND) == "linear"]
 
 
@@ -287,12 +289,13 @@ def undo(scene: Any, linear: Any) -> None:
         linear: the result's linear node.
     """
     result = nodes_of(linear)
-    moved, old_parent = linear.GetNodeReference(MOVED), linear.GetNodeReference(OLD_PARENT)
-    if moved is not None:
+    moved, old_parent, carrier = (linear.GetNodeReference(role) for role in (MOVED, OLD_PARENT, CARRIER))
+    others = [one for one in find_results(scene) if one is not linear and one.GetNodeReference(CARRIER) is carrier]
+    if moved is not None and (not others or linear in parent_chain(moved)):
         moved.SetAndObserveTransformNodeID(old_parent.GetID() if old_parent is not None else None)
     for node in filter(None, (result.image, result.report)):
         scene.RemoveNode(node)
-    for node in filter(None, (result.copy, linear, result.grid)):
+    for node in filter(None, (None if others else result.copy, linear, result.grid)):
         if not _below(scene, node):
             scene.RemoveNode(node)
 
