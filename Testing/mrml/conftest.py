@@ -92,3 +92,26 @@ def real_data() -> Callable[..., list[Path]]:
         return [folder.file(name) for name in relative]
 
     return files
+
+
+@pytest.fixture(scope="session")
+def tiny_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A model file with random weights: everything runs with it, and nothing it says is right."""
+    import torch
+
+    from uae.models import save_model
+    from uae.network import NetworkConfig, UAENet
+    from uae.preprocess import InputMap
+
+    torch.manual_seed(0)
+    config = NetworkConfig(
+        stem="space_to_depth",
+        channels=(4, 8, 8, 8),
+        strides=((1, 1, 1), (2, 2, 2), (2, 2, 2), (2, 2, 2)),
+        z_kernels=(3, 3, 3, 3),
+        pool_z=False,
+        head_channels=8,
+    )
+    path = tmp_path_factory.mktemp("model") / "tiny.pt"
+    save_model(path, UAENet(config).state_dict(), config, InputMap("soft-tissue"), {}, {"name": "tiny", "version": "0"})
+    return path
