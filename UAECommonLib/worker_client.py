@@ -80,9 +80,20 @@ class WorkerClient:
         self._load = values
         return self._send("load", None, values, **callbacks)
 
-    def prepare(self, pair: str, template: dict[str, str], query: dict[str, str], **callbacks: Any) -> int:
-        """Embed and relate a pair; template and query are {"path", "modality"}; see `request`."""
-        values = {"pair": pair, "template": template, "query": query}
+    def prepare(
+        self,
+        pair: str,
+        template: dict[str, str],
+        query: dict[str, str],
+        model: str | None = None,
+        device: str | None = None,
+        **callbacks: Any,
+    ) -> int:
+        """Embed and relate a pair; template and query are {"path", "modality"}; see `request`.
+
+        Model and device are those of `load` where not given.
+        """
+        values = {"pair": pair, "template": template, "query": query, "model": model, "device": device}
         self._ensure_running()
         self._prepared[pair] = values
         self._known.add(pair)

@@ -106,7 +106,8 @@ class Worker:
             values: "command" and what belongs to it. Points are LPS mm, matrices 4x4 LPS mm.
 
                 * load: model (name, file or null), device.
-                * prepare: pair (any name), template and query, each {path, modality}. Embeds both and relates them.
+                * prepare: pair (any name), template and query, each {path, modality}; model and device where these are
+                  not to be the loaded ones. Embeds both and relates them.
                 * match: pair, points (N x 3), labels, method (auto, guided, fixed-point, nearest), side.
                 * similarity_map: pair, point, output (an image file).
                 * forget: pair.
@@ -158,20 +159,21 @@ class Worker:
         from uae.registration.relate import relate
 
         name = call.text("pair")
-        self.device = _usable_device(self.device)
+        device = _usable_device(str(call.values.get("device") or self.device))
+        wanted = call.values.get("model") or self.model
         asked = [_scan_request(call.values, role) for role in ("template", "query")]
-        key = (self.model, self.device, *asked)
+        key = (wanted, device, *asked)
         if name in self._pairs and self._pairs[name].key == key:
             return self._pairs[name].answer
         start = time.perf_counter()
         report(call.progress, "read", 0.0)
         volumes = [_read(request, role) for request, role in zip(asked, ("template", "query"), strict=True)]
-        model = self._loaded(self.model or default_model(volumes[0].modality, volumes[1].modality))
+        model = self._loaded(wanted or default_model(volumes[0].modality, volumes[1].modality))
         seconds = {"read": time.perf_counter() - start}
         with _watch_fallback() as fallback:
             moment = time.perf_counter()
             embedded = [
-                self._embedded((*request, model.sha256), volume, model, call, role)
+                self._embedded((*request, model.sha256), volume, model, device, call, role)
                 for request, volume, role in zip(asked, volumes, ("template", "query"), strict=True)
             ]
             seconds["embed"] = time.perf_counter() - moment
@@ -180,7 +182,7 @@ class Worker:
                 *volumes,
                 *embedded,
                 model,
-                device=self.device,
+                device=device,
                 memory_mb=self.memory_mb,
                 cache=self.cache,
                 progress=call.progress,
@@ -196,7 +198,7 @@ class Worker:
             "template_to_query": None if found.transform is None else found.transform.matrix,
             "template_modality": {"modality": volumes[0].modality, "reason": volumes[0].modality_reason},
             "query_modality": {"modality": volumes[1].modality, "reason": volumes[1].modality_reason},
-            "device": describe_device(resolve_device(fallback[-1] if fallback else self.device)),
+            "device": describe_device(resolve_device(fallback[-1] if fallback else device)),
             "model": _model_facts(model),
             "seconds": seconds,
         }
@@ -205,7 +207,9 @@ class Worker:
         self._forget_unused()
         return answer
 
-    def _embedded(self, key: tuple[Any, ...], volume: Volume, model: Model, call: _Call, role: str) -> Embedding:
+    def _embedded(
+        self, key: tuple[Any, ...], volume: Volume, model: Model, device: str, call: _Call, role: str
+    ) -> Embedding:
         if key in self._embeddings:
             self._embeddings.move_to_end(key)
             return self._embeddings[key]
@@ -214,7 +218,7 @@ class Worker:
         found = embed(
             volume,
             model,
-            device=self.device,
+            device=device,
             memory_mb=self.memory_mb,
             cache=self.cache,
             progress=lambda stage, fraction: report(call.progress, f"{stage}: {role}", fraction),

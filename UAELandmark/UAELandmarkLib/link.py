@@ -174,18 +174,23 @@ class Link:
                 if np.linalg.norm(place - self.node.GetNthControlPointPositionWorld(index)) > MOVED_MM:
                     self.node.SetNthControlPointPositionWorld(index, place.tolist())
 
-    def placed_by_hand(self, index: int) -> None:
-        """Note that the user moved a query point: it stays there, and says so, until its template point moves."""
-        notes, query_id = self.notes, self.node.GetNthControlPointID(index)
+    def placed_by_hand(self) -> None:
+        """Note which query points the user moved: they stay there, and say so, until their template points move."""
+        notes, here, volume = self.notes, _indices(self.node), self.reference(QUERY)
         for note in notes.values():
-            if note["query"] == query_id:
-                place = own_lps(self.reference(QUERY), self.node.GetNthControlPointPositionWorld(index))[0]
-                if note["found"] is None or np.linalg.norm(place - note["found"]) > MOVED_MM:
-                    note["found"] = place.tolist()
-                    self._note(notes)
-                    self.node.SetNthControlPointDescription(index, _("placed by hand"))
-                    self.node.SetNthControlPointSelected(index, False)
-                return
+            index = here.get(note["query"])
+            if index is None or note["found"] is None:
+                continue
+            place = own_lps(volume, self.node.GetNthControlPointPositionWorld(index))[0]
+            if np.linalg.norm(place - note["found"]) > MOVED_MM:
+                note.update(found=place.tolist(), final=True)
+                self.node.SetNthControlPointDescription(index, _("placed by hand"))
+                self.node.SetNthControlPointSelected(index, False)
+        self._note(notes)
+
+    def world_of(self, query_id: str) -> np.ndarray:
+        """World place (3,) RAS mm of a query point by its ID."""
+        return np.array(self.node.GetNthControlPointPositionWorld(_indices(self.node)[query_id]))
 
     def query_index(self, point_id: str) -> int | None:
         """Index of the query point that belongs to a template point ID, or None."""
