@@ -13,7 +13,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from conftest import torso_ct
+from small_scans import torso_ct
 
 from uae.cli import main
 from uae.cli import run as cli_run
