@@ -17,7 +17,7 @@ from UAELandmarkLib.link import Link, make_link
 from UAELandmarkLib.places import world_ras
 from UAELandmarkLib.preparation import OnDone, OnProgress, Preparation, check_volumes
 
-__all__ = ["COLUMNS", "Batch"]
+__all__ = ["COLUMNS", "Batch", "export_table"]
 
 COLUMNS = (
     "query", "label", "x_lps_mm", "y_lps_mm", "z_lps_mm", "score", "cycle_mm", "method", "confident", "reason",
@@ -97,20 +97,8 @@ class Batch:
         return self.done or (client.runner.wait(lambda: self.done or not client.busy, timeout) and self.done)
 
     def exportCsv(self, path: str | Path) -> None:
-        """Write the table as CSV, whole or not at all.
-
-        Raises:
-            InputError: the table is gone, or it cannot be written there.
-        """
-        node = self.table
-        if node is None:
-            raise InputError(_("the table is no longer in the scene; match again"))
-        table = node.GetTable()
-        with atomic_path(path) as temporary, temporary.open("w", newline="", encoding="utf-8") as stream:
-            writer = csv.writer(stream)
-            writer.writerow(COLUMNS)
-            for row in range(table.GetNumberOfRows()):
-                writer.writerow([table.GetValueByName(row, column).ToString() for column in COLUMNS])
+        """Write the table as CSV; see `export_table`."""
+        export_table(self.table, path)
 
     def _next(self) -> None:
         nodes = [self._scene.GetNodeByID(node_id) for node_id in (self._template_id, self._points_id)]
@@ -200,6 +188,23 @@ class Batch:
         if not self.done:
             self.done, self._request = True, None
             self._preparation.tell(self._on_done, self)
+
+
+def export_table(node: Any, path: str | Path) -> None:
+    """Write a batch's table node as CSV, whole or not at all.
+
+    Raises:
+        InputError: there is no table, or it cannot be written there.
+        ResourceError: the disk is full.
+    """
+    if node is None:
+        raise InputError(_("the table is no longer in the scene; match again"))
+    table = node.GetTable()
+    with atomic_path(path) as temporary, temporary.open("w", newline="", encoding="utf-8") as stream:
+        writer = csv.writer(stream)
+        writer.writerow(COLUMNS)
+        for row in range(table.GetNumberOfRows()):
+            writer.writerow([table.GetValueByName(row, column).ToString() for column in COLUMNS])
 
 
 def _columns(query: Any, match: dict[str, Any]) -> dict[str, str]:

@@ -9,7 +9,7 @@ import SimpleITK as sitk
 
 from uae.errors import InputError
 from UAECommonLib.i18n import _
-from UAECommonLib.mrml import add_volume
+from UAECommonLib.mrml import add_volume, flip_points
 from UAELandmarkLib.link import MAP, QUERY, Link
 
 __all__ = ["load_points", "save_points", "show_map"]
@@ -33,7 +33,7 @@ def save_points(scene: Any, markups: Any, path: str | Path) -> None:
 
 
 def load_points(scene: Any, path: str | Path) -> Any:
-    """Read a .mrk.json file into a new point list node.
+    """Read .mrk.json (with its descriptions), .fcsv or .csv (columns as `uae match` writes them) into a new node.
 
     Raises:
         InputError: it cannot be read.
@@ -42,14 +42,32 @@ def load_points(scene: Any, path: str | Path) -> Any:
     markups = scene.AddNewNodeByClass("vtkMRMLMarkupsFiducialNode", scene.GenerateUniqueName(name))
     markups.SetUndoEnabled(True)
     markups.CreateDefaultDisplayNodes()
+    try:
+        if str(path).lower().endswith((".csv", ".fcsv")):
+            _read_table(markups, path)
+        else:
+            _read_markups(scene, markups, path)
+    except InputError:
+        scene.RemoveNode(markups)
+        raise
+    return markups
+
+
+def _read_table(markups: Any, path: str | Path) -> None:
+    from uae.points import read_points
+
+    found = read_points(path)
+    for label, place in zip(found.labels, flip_points(found.points), strict=True):
+        markups.AddControlPointWorld(place.tolist(), label)
+
+
+def _read_markups(scene: Any, markups: Any, path: str | Path) -> None:
     storage = scene.AddNewNodeByClass("vtkMRMLMarkupsJsonStorageNode")
     storage.SetFileName(str(path))
     read = Path(path).is_file() and storage.ReadData(markups)
     scene.RemoveNode(storage)
     if not read:
-        scene.RemoveNode(markups)
-        raise InputError(_("{path}: no point list; choose a .mrk.json file").format(path=path))
-    return markups
+        raise InputError(_("{path}: no point list; choose a .mrk.json, .fcsv or .csv file").format(path=path))
 
 
 def show_map(link: Link, file: Path, label: str) -> Any:

@@ -20,8 +20,8 @@ from UAECommonLib.errors import SceneChangedError
 from UAECommonLib.i18n import _
 from UAECommonLib.worker_client import WorkerClient
 from UAELandmarkLib import files
-from UAELandmarkLib.batch import Batch
-from UAELandmarkLib.link import QUERY, TEMPLATE, TEMPLATE_POINTS, Link, make_link
+from UAELandmarkLib.batch import Batch, export_table
+from UAELandmarkLib.link import QUERY, TEMPLATE, TEMPLATE_POINTS, Link, find_links, make_link
 from UAELandmarkLib.live import LiveMatching
 from UAELandmarkLib.places import own_lps
 from UAELandmarkLib.preparation import OnDone, OnError, OnProgress, Preparation, check_volumes
@@ -260,6 +260,14 @@ class UAELandmarkLogic:
         """
         return [link.node for link in self._live.restore(self.scene)]
 
+    def findLinked(self, templateVolume: Any, queryVolume: Any, templateMarkups: Any) -> Any:
+        """The query's markups node that belongs to these three, or None."""
+        wanted = (templateVolume, queryVolume, templateMarkups)
+        for link in find_links(self.scene):
+            if tuple(link.reference(role) for role in (TEMPLATE, QUERY, TEMPLATE_POINTS)) == wanted:
+                return link.node
+        return None
+
     def linked(self, queryMarkups: Any) -> dict[str, Any]:
         """What a query's points belong to: template, query, points (nodes or None) and method; empty without a link."""
         link = Link(self.scene, queryMarkups.GetID()) if queryMarkups is not None else None
@@ -354,12 +362,16 @@ class UAELandmarkLogic:
         started.start(onProgress, onDone)
         return started
 
+    def exportTable(self, table: Any, path: str | Path) -> None:
+        """Write a batch's table node as CSV; InputError where that cannot be."""
+        export_table(table, path)
+
     def savePoints(self, markups: Any, path: str | Path) -> None:
         """Write a point list as .mrk.json (world places, descriptions kept); InputError where that cannot be."""
         files.save_points(self.scene, markups, path)
 
     def loadPoints(self, path: str | Path) -> Any:
-        """Read a .mrk.json point list into a new node; InputError where it is none."""
+        """Read .mrk.json, .fcsv or .csv points into a new node; InputError where they cannot be read."""
         return files.load_points(self.scene, path)
 
     def _say(self, text: str) -> None:
