@@ -57,3 +57,11 @@ def slice_view(gl: None, headless: Any) -> Iterator[Callable[..., Any]]:
     yield make
     for view in views:
         view.close()
+
+
+@pytest.fixture
+def application(monkeypatch: pytest.MonkeyPatch, headless: Any) -> Any:
+    """Stand-ins of what a panel needs of the desktop application (application.Application)."""
+    from application import Application
+
+    return Application(monkeypatch, headless)
