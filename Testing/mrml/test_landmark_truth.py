@@ -42,7 +42,7 @@ def test_geometry_clicked_world_points_are_matched_within_2_mm(scene, hardened):
     middle = make_phantom(SEED, 12.0, mr=False, part="abdomen").labels.geometry.center_mm()
     bodies = (
         odd_scan(middle, (8, -6, 15), (2.0, 2.5, 3.0), (1, -1, 1)),
-        odd_scan(middle + (6.0, -4.0, 9.0), (-7, 9, -12), (2.4, 2.0, 2.8), (-1, 1, -1)),
+        odd_scan(np.add(middle, (6.0, -4.0, 9.0)), (-7, 9, -12), (2.4, 2.0, 2.8), (-1, 1, -1)),
     )
     nodes = [add_volume(scene, body.ct.to_sitk(), name) for body, name in zip(bodies, ("CT", "later CT"))]
     above = [rigid((25, -15, 40), (70, -30, 20)), rigid((-20, 35, 10), (-60, 45, 110))]
