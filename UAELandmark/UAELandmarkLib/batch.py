@@ -145,6 +145,7 @@ class Batch:
                 self._preparation.forget(self._preparation.pairs.take(template, query))
             if link.complete and self.table is not None:
                 link.show(asked, record["matches"], final=True)
+                link.tell_origin(pair.answer)
                 self.results[query.GetID()] = link.node_id
                 for match in record["matches"]:
                     self._row(name, _columns(query, match))

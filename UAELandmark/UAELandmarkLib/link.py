@@ -165,6 +165,17 @@ class Link:
         self.node.SetNthControlPointSelected(index, bool(match["confident"]))
         return notes[point_id]["query"]
 
+    def tell_origin(self, prepared: Mapping[str, Any]) -> None:
+        """Say in the node's description with what its points were found: model, device, verdict of the alignment."""
+        self.node.SetDescription(
+            _("{model} {version} on {device}; prior alignment of the scans: {verdict}").format(
+                model=prepared["model"]["name"],
+                version=prepared["model"]["version"],
+                device=prepared["device"],
+                verdict=prepared["verdict"],
+            )
+        )
+
     def place_again(self) -> None:
         """Put the query's points back where they were found: the query volume was moved by a parent."""
         here, volume = _indices(self.node), self.reference(QUERY)

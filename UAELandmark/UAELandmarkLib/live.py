@@ -200,6 +200,9 @@ class LiveMatching:
             self._say(_("a match is dropped: its points or scans are no longer in the scene"))
             return
         last = self._write(lambda: link.show(asked, record["matches"], final))
+        pair = self._pair(live)
+        if final and pair is not None:
+            link.tell_origin(pair.answer)
         for match in record["matches"]:
             if final and match["point_mm"] is None:
                 self._say(_("{label}: {reason}").format(label=match["label"], reason=match["reason"]))

@@ -193,7 +193,7 @@ class UAELandmarkLogic:
         """
         if templateMarkups is None:
             raise InputError(_("choose the template's points"))
-        self.prepareAndWait(templateVolume, queryVolume, **options)
+        prepared = self.prepareAndWait(templateVolume, queryVolume, **options)
         link = make_link(self.scene, templateVolume, queryVolume, templateMarkups, queryMarkups, live=False)
         link.method = method
         link.changes()
@@ -214,6 +214,7 @@ class UAELandmarkLogic:
         if not link.complete:
             raise SceneChangedError(_("the scene was edited while the points were matched; match them again"))
         link.show(asked, matches, final=True)
+        link.tell_origin(prepared)
         return link.node
 
     def startLive(

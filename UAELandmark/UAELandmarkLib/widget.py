@@ -76,6 +76,7 @@ class UAELandmarkWidget(ScriptedLoadableModuleWidget, VTKObservationMixin):
 
     def cleanup(self) -> None:
         """End what runs; called when the module goes away."""
+        self.setParameterNode(None)
         self.removeObservers()
         if self._deviceRunner is not None:
             self._deviceRunner.kill()
