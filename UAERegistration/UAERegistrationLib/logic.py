@@ -16,10 +16,11 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from uae.errors import CancelledError, InputError, ModalityError, UAEError
+from uae.errors import CancelledError, InputError, UAEError
 from UAECommonLib import result_nodes
 from UAECommonLib.errors import SceneChangedError, UnsuitableNodeError
-from UAECommonLib.mrml import array_of, fingerprint, same_fingerprint, write_roi_mask, write_volume
+from UAECommonLib.modality import dicom_modality, guess_modality
+from UAECommonLib.mrml import array_of, fingerprint, parent_chain, same_fingerprint, write_roi_mask, write_volume
 from UAECommonLib.process import Runner, make_runner
 from UAECommonLib.worker_client import error_of
 
@@ -31,8 +32,6 @@ PRESETS: dict[str, tuple[str, ...]] = {"rigid": (), "affine": ("--affine",), "de
 """Options of `uae register` by preset. rigid: planning, the default; deformable: contour support, not dose."""
 MODALITIES = ("auto", "ct", "mr")
 FOLDER_PREFIX = "uae-register-"
-VOXELS_LOOKED_AT = 500_000
-"""Voxels that the guess of the modality sees."""
 GPU_PROBLEMS = ("is not here", "out of memory")
 """Words of the core's errors after which the CPU is tried."""
 
@@ -180,8 +179,11 @@ class UAERegistrationLogic:
             write_volume(moving, place / "moving.nrrd", top)
             arguments = ["register", str(place / "fixed.nrrd"), str(place / "moving.nrrd")]
             arguments += ["--output", str(place / "result"), "--progress", "json", *PRESETS[options.preset]]
-            arguments += ["--fixed-modality", self._modality(fixed, options.fixedModality)]
-            arguments += ["--moving-modality", self._modality(moving, options.movingModality)]
+            for option, node, chosen in (
+                ("--fixed-modality", fixed, options.fixedModality),
+                ("--moving-modality", moving, options.movingModality),
+            ):
+                arguments += [option, (dicom_modality(node) if chosen == "auto" else "") or chosen]
             if options.roi is not None:
                 write_roi_mask(options.roi, place / "roi.nrrd")
                 arguments += ["--fixed-mask", str(place / "roi.nrrd")]
@@ -223,24 +225,7 @@ class UAERegistrationLogic:
         Returns:
             ("ct", "mr" or "" where it is doubtful, reason).
         """
-        import numpy as np
-
-        from uae.geometry import Geometry
-        from uae.preprocess import decide_modality
-        from uae.volume import Volume
-
-        tag = _dicom_modality(volume)
-        if tag in ("CT", "MR"):
-            return tag.lower(), f"DICOM tag Modality is {tag}"
-        values = array_of(volume).reshape(-1)
-        values = values[:: max(1, values.size // VOXELS_LOOKED_AT)].reshape(-1, 1, 1)
-        line = Geometry(values.shape, np.ones(3), np.zeros(3), np.eye(3))
-        try:
-            return decide_modality(Volume(values, line))
-        except ModalityError:
-            return "", "CT or MR is doubtful; choose it"
-        except ValueError as error:
-            return "", str(error)
+        return guess_modality(volume)
 
     def show(self, linear: Any, withLinear: bool = True, withDeformable: bool = True) -> None:
         """Switch the parts of a result on and off (before / after); see result_nodes.show."""
@@ -311,11 +296,6 @@ class UAERegistrationLogic:
         ):
             if value not in allowed:
                 raise InputError(f"unknown {name} {value!r}; use {', '.join(allowed)}")
-
-    def _modality(self, volume: Any, chosen: str) -> str:
-        """The user's choice, else the DICOM tag; the core decides from the voxels where both are silent."""
-        tag = _dicom_modality(volume)
-        return tag.lower() if chosen == "auto" and tag in ("CT", "MR") else chosen
 
     def _run(self) -> None:
         job = self._job
@@ -398,19 +378,8 @@ class UAERegistrationLogic:
 
 def _shares_result(fixed: Any, moving: Any) -> bool:
     """Whether the fixed scan hangs below the result that carries the moving one."""
-    from UAECommonLib.mrml import parent_chain
-
     own = [node for node in parent_chain(moving) if node.GetAttribute(result_nodes.KIND) in ("linear", "grid")]
     return any(node in own for node in parent_chain(fixed))
-
-
-def _dicom_modality(volume: Any) -> str:
-    """The DICOM tag Modality of a volume node that came from the DICOM database; empty elsewhere."""
-    import slicer
-
-    database = getattr(slicer, "dicomDatabase", None)
-    uids = (volume.GetAttribute("DICOM.instanceUIDs") or "").split()
-    return str(database.instanceValue(uids[0], "0008,0060")) if database is not None and uids else ""
 
 
 def _temporary_path() -> str | None:
