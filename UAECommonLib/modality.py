@@ -17,7 +17,7 @@ VOXELS_LOOKED_AT = 500_000
 
 
 def dicom_modality(volume: Any) -> str:
-    """The modality (ct, mr) by the DICOM tag of a volume node that came from the application's database; empty elsewhere."""
+    """The modality (ct, mr) by the DICOM tag of a volume node from the application's database; empty elsewhere."""
     import slicer
 
     database = getattr(slicer, "dicomDatabase", None)

@@ -13,7 +13,7 @@ from slicer.ScriptedLoadableModule import ScriptedLoadableModule, ScriptedLoadab
 HERE = Path(__file__).resolve().parent
 for folder in (HERE, HERE.parent):  # installed, `uae` lies beside this file; in a checkout, beside its folder
     if (folder / "uae").is_dir() and str(folder) not in sys.path:
-        sys.path.append(str(folder))
+        sys.path.insert(0, str(folder))
 
 from UAERegistrationLib.widget import UAERegistrationWidget  # noqa: E402
 

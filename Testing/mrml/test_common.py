@@ -10,6 +10,7 @@ import pytest
 
 from uae.errors import InputError, UAEError
 from UAECommonLib import sample_data, torch_offer
+from UAECommonLib.devices import list_devices
 from UAECommonLib.mrml import FLIP, flip_matrix, flip_points
 
 
@@ -92,3 +93,10 @@ def test_panel_names_what_was_not_measured():
     assert "contour support, not dose" in quality_html(report) and "<b>" in quality_html(report, "<b>moved")
     assert "&lt;b&gt;moved" in quality_html(report, "<b>moved")
     assert stage_label("match") != "match" and stage_label("something new") == "something new"
+
+
+def test_devices_come_from_a_child_process():
+    found = []
+    runner = list_devices(found.append)
+    assert runner.wait(timeout=300)
+    assert found[0]["cpu"].startswith("cpu (")

@@ -72,6 +72,7 @@ class UAERegistrationWidget(ScriptedLoadableModuleWidget, VTKObservationMixin):
 
     def cleanup(self) -> None:
         """End what runs; called when the module goes away."""
+        self.setParameterNode(None)
         self.removeObservers()
         self._flickerTimer.stop()
         if self._deviceRunner is not None:
