@@ -168,27 +168,34 @@ def scans(scene, phantom):
     return fixed, moving
 
 
-def test_phantom_pair_with_the_shipped_model(scene, phantom, temporary):
+def documented_example():
+    """The code of Docs/user/registration-console.md."""
+    text = (Path(__file__).resolve().parents[2] / "Docs" / "user" / "registration-console.md").read_text("utf-8")
+    return text.split("```python\n")[1].split("```")[0]
+
+
+def test_phantom_pair_with_the_shipped_model_as_documented(scene, phantom, temporary):
     from UAECommonLib.mrml import world_matrix
 
     fixed, moving = scans(scene, phantom)
     frames = [world_matrix(node) for node in (fixed, moving)]
     positions, matrices = world_positions(scene), transform_matrices(scene)
-    logic = UAERegistrationLogic(scene)
-    outcome = logic.register(fixed, moving, resample=True)
+    names = {"planningCT": fixed, "mr": moving}
+    exec(documented_example(), names)
+    outcome = names["outcome"]
     assert outcome.status in ("accepted", "review"), outcome.reason
     assert not left_over(temporary)
     after, kept = world_positions(scene), transform_matrices(scene)
     assert all(np.allclose(after[key], positions[key]) for key in positions if key != moving.GetID())
     assert {key: kept[key] for key in matrices} == matrices
     # where the moving scan's landmarks are shown now, against the same landmarks of the fixed scan
-    names = list(phantom.fixed_landmarks)
+    landmarks = list(phantom.fixed_landmarks)
     ras = {
-        role: np.array([marks[name] for name in names]) * (-1, -1, 1)
+        role: np.array([marks[name] for name in landmarks]) * (-1, -1, 1)
         for role, marks in (("fixed", phantom.fixed_landmarks), ("moving", phantom.moving_landmarks))
     }
     shown = [
-        (np.c_[ras[role], np.ones(len(names))] @ matrix.T)[:, :3]
+        (np.c_[ras[role], np.ones(len(landmarks))] @ matrix.T)[:, :3]
         for role, matrix in (("fixed", frames[0]), ("moving", world_matrix(moving)))
     ]
     errors = np.linalg.norm(shown[0] - shown[1], axis=1)
