@@ -11,8 +11,11 @@ import vtk
 
 from UAECommonLib.mrml import add_volume, flip_points, vtk_matrix
 
-SPINE, LIVER, LUNG = (4.0, 36.0, 60.0), (-40.0, 0.0, 50.0), (30.0, -5.0, 110.0)
-"""Points (LPS mm) inside `small_scan`."""
+SPINE, LIVER, HILUM = (4.0, 36.0, 60.0), (-40.0, 0.0, 50.0), (14.0, 30.0, 80.0)
+"""Points (LPS mm) inside `small_scan`, where it has structure enough for a random network."""
+
+CELL_MM = 4.5
+"""A fine cell and a little: as near as a random network finds a place of the same voxels again."""
 
 
 def small_scan(seed: int = 0) -> sitk.Image:

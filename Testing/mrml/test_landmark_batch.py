@@ -12,8 +12,9 @@ import pytest
 pytest.importorskip("slicer")
 
 from landmark_cases import (
+    CELL_MM,
+    HILUM,
     LIVER,
-    LUNG,
     SPINE,
     add_points,
     add_scan,
@@ -115,7 +116,7 @@ def test_batch_table_and_csv(logic, scene, tmp_path):
     assert [row["query"] for row in rows] == ["MR 0", "MR 0", "Empty", "MR 1", "MR 1"]
     assert "no voxels" in rows[2]["reason"] and rows[2]["confident"] == "false"
     world = flip_points([[float(rows[3][name]) for name in COLUMNS[2:5]]])[0]
-    assert np.linalg.norm(world - (above @ np.append(flip_points(SPINE)[0], 1))[:3]) < 2.0
+    assert np.linalg.norm(world - (above @ np.append(flip_points(SPINE)[0], 1))[:3]) < CELL_MM
     found = scene.GetNodeByID(batch.results[queries[1].GetID()])
     assert np.allclose(world_of(found, 0), world, atol=1e-3) and not logic.isLive(found)
 
@@ -137,7 +138,7 @@ def test_similarity_map_lies_over_the_query(logic, scene):
     template, query = add_scan(scene, "CT"), add_scan(scene, "MR")
     above = rigid((12, 0, 30), (10, 20, 30))
     transform = linear_parent(scene, above, query)
-    points = add_points(scene, "Targets", (SPINE, LUNG))
+    points = add_points(scene, "Targets", (SPINE, HILUM))
     logic.prepareAndWait(template, query)
     found = logic.startLive(template, query, points, method="nearest")
     maps: list[Any] = []
@@ -154,7 +155,7 @@ def test_similarity_map_lies_over_the_query(logic, scene):
     matrix = vtk.vtkMatrix4x4()
     node.GetIJKToRASMatrix(matrix)
     best = np.array(matrix.MultiplyPoint((float(x), float(y), float(z), 1.0)))[:3]
-    assert np.linalg.norm(best - flip_points(LUNG)[0]) < 6.0
+    assert np.linalg.norm(best - flip_points(HILUM)[0]) < CELL_MM
     with pytest.raises(InputError, match="no such point"):
         logic.similarityMap(found, 9)
 

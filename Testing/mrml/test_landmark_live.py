@@ -12,8 +12,9 @@ import pytest
 pytest.importorskip("slicer")
 
 from landmark_cases import (
+    CELL_MM,
+    HILUM,
     LIVER,
-    LUNG,
     SPINE,
     add_points,
     add_scan,
@@ -76,7 +77,7 @@ def test_points_there_are_matched_and_described(live):
     logic, _template, _query, _points, found, _messages = live
     assert labels_of(found) == ["P1", "P2"]
     for index, place in enumerate((SPINE, LIVER)):
-        assert np.linalg.norm(world_of(found, index) - flip_points(place)[0]) < 2.0  # the same voxels: found again
+        assert np.linalg.norm(world_of(found, index) - flip_points(place)[0]) < CELL_MM  # the same voxels: found again
         text = found.GetNthControlPointDescription(index)
         assert text.startswith("score ") and "cycle" in text and "nearest" in text and "not confident: " in text
         assert not found.GetNthControlPointSelected(index)
@@ -88,14 +89,14 @@ def test_add_move_rename_delete_follow(live):
     logic, _template, _query, points, found, _messages = live
     jumps: list[np.ndarray] = []
     logic.onJump = jumps.append
-    click(points, flip_points(LUNG)[0], "lung")
+    click(points, flip_points(HILUM)[0], "lung")
     settle(logic)
     assert labels_of(found) == ["P1", "P2", "lung"]
     assert np.allclose(jumps[-1], world_of(found, 2))
 
     points.SetNthControlPointPositionWorld(0, flip_points((14.0, 30.0, 80.0))[0].tolist())
     settle(logic)
-    assert np.linalg.norm(world_of(found, 0) - flip_points((14.0, 30.0, 80.0))[0]) < 3.0
+    assert np.linalg.norm(world_of(found, 0) - flip_points((14.0, 30.0, 80.0))[0]) < CELL_MM
     assert np.allclose(jumps[-1], world_of(found, 0))
 
     points.SetNthControlPointLabel(1, "Leber ü")
@@ -127,22 +128,22 @@ def test_a_quick_drag_ends_where_the_mouse_ended(live):
         points.SetNthControlPointPositionWorld(0, flip_points(place)[0].tolist())
         logic.pump(0.01)
     settle(logic)
-    assert np.linalg.norm(world_of(found, 0) - flip_points(LIVER)[0]) < 2.0
+    assert np.linalg.norm(world_of(found, 0) - flip_points(LIVER)[0]) < CELL_MM
     assert logic.pointsToMatch(found) == 0
 
 
 def test_moving_one_point_while_another_waits_answers_both(live):
     logic, _template, _query, points, found, _messages = live
-    points.SetNthControlPointPositionWorld(0, flip_points(LUNG)[0].tolist())
+    points.SetNthControlPointPositionWorld(0, flip_points(HILUM)[0].tolist())
     points.SetNthControlPointPositionWorld(1, flip_points(SPINE)[0].tolist())
     settle(logic)
-    assert np.linalg.norm(world_of(found, 0) - flip_points(LUNG)[0]) < 2.0
-    assert np.linalg.norm(world_of(found, 1) - flip_points(SPINE)[0]) < 2.0
+    assert np.linalg.norm(world_of(found, 0) - flip_points(HILUM)[0]) < CELL_MM
+    assert np.linalg.norm(world_of(found, 1) - flip_points(SPINE)[0]) < CELL_MM
 
 
 def test_a_preview_point_is_not_matched(live):
     logic, _template, _query, points, found, _messages = live
-    index = click(points, flip_points(LUNG)[0], "preview")
+    index = click(points, flip_points(HILUM)[0], "preview")
     settle(logic)
     points.UnsetNthControlPointPosition(index)
     settle(logic)
@@ -198,7 +199,7 @@ def test_a_point_outside_the_template_is_told_and_has_no_match(live):
     settle(logic)
     assert labels_of(found) == ["P1", "P2"]
     assert any("far" in message and "outside" in message for message in messages)
-    points.SetNthControlPointPositionWorld(2, flip_points(LUNG)[0].tolist())
+    points.SetNthControlPointPositionWorld(2, flip_points(HILUM)[0].tolist())
     settle(logic)
     assert labels_of(found) == ["P1", "P2", "far"]
 
@@ -211,7 +212,7 @@ def test_a_query_point_placed_by_hand_says_so_until_its_template_point_moves(liv
     points.SetNthControlPointLabel(0, "other")
     settle(logic)
     assert np.allclose(world_of(found, 0), (1, 2, 3))
-    points.SetNthControlPointPositionWorld(0, flip_points(LUNG)[0].tolist())
+    points.SetNthControlPointPositionWorld(0, flip_points(HILUM)[0].tolist())
     settle(logic)
     assert found.GetNthControlPointDescription(0).startswith("score")
 
@@ -233,23 +234,23 @@ def test_undo_takes_the_match_back_with_the_click(live, scene):
     logic, _template, _query, points, found, _messages = live
     scene.SetUndoOn()
     scene.SaveStateForUndo()
-    click(points, flip_points(LUNG)[0], "lung")
+    click(points, flip_points(HILUM)[0], "lung")
     settle(logic)
     assert labels_of(found) == ["P1", "P2", "lung"]
     scene.Undo()
     settle(logic)
     assert labels_of(points) == ["P1", "P2"] and labels_of(found) == ["P1", "P2"]
-    assert np.linalg.norm(world_of(found, 1) - flip_points(LIVER)[0]) < 2.0
+    assert np.linalg.norm(world_of(found, 1) - flip_points(LIVER)[0]) < CELL_MM
 
 
 def test_stopping_leaves_the_points_where_they_are(live):
     logic, _template, _query, points, found, _messages = live
     logic.stopLive(found)
-    points.SetNthControlPointPositionWorld(0, flip_points(LUNG)[0].tolist())
-    click(points, flip_points(LUNG)[0], "more")
+    points.SetNthControlPointPositionWorld(0, flip_points(HILUM)[0].tolist())
+    click(points, flip_points(HILUM)[0], "more")
     settle(logic)
     assert labels_of(found) == ["P1", "P2"] and not logic.isLive(found)
-    assert np.linalg.norm(world_of(found, 0) - flip_points(SPINE)[0]) < 2.0
+    assert np.linalg.norm(world_of(found, 0) - flip_points(SPINE)[0]) < CELL_MM
 
 
 def test_a_changed_image_has_to_be_prepared_again(live):
@@ -260,7 +261,7 @@ def test_a_changed_image_has_to_be_prepared_again(live):
     slicer.util.arrayFromVolumeModified(query)
     query.GetImageData().Modified()
     assert logic.prepared(template, query) is None
-    click(points, flip_points(LUNG)[0], "lung")
+    click(points, flip_points(HILUM)[0], "lung")
     settle(logic)
     assert labels_of(found) == ["P1", "P2"]
     logic.prepareAndWait(template, query)
@@ -284,7 +285,7 @@ def test_saved_and_opened_again_the_link_lives(live, headless, scene, tmp_path):
     points = linked["points"]
     points.RemoveNthControlPoint(0)
     assert labels_of(found) == ["P2"]
-    click(points, flip_points(LUNG)[0], "lung")
+    click(points, flip_points(HILUM)[0], "lung")
     logic.prepareAndWait(linked["template"], linked["query"])
     settle(logic)
     assert labels_of(found) == ["P2", "lung"]
@@ -292,7 +293,7 @@ def test_saved_and_opened_again_the_link_lives(live, headless, scene, tmp_path):
 
 def test_closing_the_scene_in_the_middle_drops_the_answer_with_a_message(live, scene):
     logic, _template, _query, points, _found, messages = live
-    click(points, flip_points(LUNG)[0], "lung")
+    click(points, flip_points(HILUM)[0], "lung")
     scene.Clear(False)
     settle(logic)
     assert scene.GetNumberOfNodesByClass("vtkMRMLMarkupsFiducialNode") == 0
@@ -301,7 +302,7 @@ def test_closing_the_scene_in_the_middle_drops_the_answer_with_a_message(live, s
 
 def test_removing_the_query_in_the_middle_drops_the_answer_with_a_message(live, scene):
     logic, _template, query, points, found, messages = live
-    click(points, flip_points(LUNG)[0], "lung")
+    click(points, flip_points(HILUM)[0], "lung")
     scene.RemoveNode(query)
     settle(logic)
     assert labels_of(found) == ["P1", "P2"] and not logic.isLive(found)

@@ -41,7 +41,6 @@ def load_points(scene: Any, path: str | Path) -> Any:
     name = Path(path).name.split(".")[0] or "Points"
     markups = scene.AddNewNodeByClass("vtkMRMLMarkupsFiducialNode", scene.GenerateUniqueName(name))
     markups.SetUndoEnabled(True)
-    markups.CreateDefaultDisplayNodes()
     try:
         if str(path).lower().endswith((".csv", ".fcsv")):
             _read_table(markups, path)
@@ -50,6 +49,7 @@ def load_points(scene: Any, path: str | Path) -> Any:
     except InputError:
         scene.RemoveNode(markups)
         raise
+    markups.CreateDefaultDisplayNodes()
     return markups
 
 
