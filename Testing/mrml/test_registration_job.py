@@ -209,7 +209,8 @@ def test_phantom_pair_with_the_shipped_model_as_documented(scene, phantom, tempo
 def test_a_scene_edited_meanwhile_keeps_its_edit(scene, phantom, temporary, edit):
     fixed, moving = scans(scene, phantom)
     logic, ended, stages = UAERegistrationLogic(scene), [], []
-    logic.start(fixed, moving, onFinished=ended.append, onProgress=lambda *progress: stages.append(progress))
+    quick = RegistrationOptions(extra=("--no-refine",))
+    logic.start(fixed, moving, quick, ended.append, lambda *progress: stages.append(progress))
     logic.runner.wait(lambda: bool(stages), timeout=120)
     if edit == "remove":
         scene.RemoveNode(moving)
