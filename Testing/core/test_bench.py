@@ -8,8 +8,12 @@ import pytest
 
 from uae.bench.calibrate import FIGURES, calibrate, cross_check, fit_box, fit_match, judge_thresholds
 from uae.bench.metrics import plain, point_errors, summarise, transform_tre, verdict_of_case
+from uae.bench.parts import PARTIAL, PARTIAL_SHARE, along_body, partial_pair
 from uae.errors import InputError
+from uae.geometry import Geometry
+from uae.simulate import SimulatedPair
 from uae.transform import Rigid
+from uae.volume import Volume
 
 GOOD = {
     "inliers": 200.0, "inlier_share": 0.8, "spread_mm": 40.0, "heldout_within_10mm": 0.9, "heldout_log10_p": -40.0,
@@ -234,3 +238,29 @@ def test_bench_input_errors(tmp_path, monkeypatch):
     assert find_data().root == tmp_path.resolve()
     with pytest.raises(InputError, match="missing"):
         find_data().ct("ct_x")
+
+
+@pytest.mark.parametrize("flip", [False, True])
+@pytest.mark.parametrize("seed", range(4))
+def test_partial_pairs_share_the_promised_part(seed, flip):
+    rng = np.random.default_rng(seed)
+    direction = np.diag([1.0, 1.0, -1.0 if flip else 1.0])
+    grid = Geometry((60, 20, 20), (4.0, 4.0, 5.0), (10.0, -20.0, 300.0), direction)
+    ct = Volume(rng.normal(size=grid.shape).astype(np.float32), grid, "ct")
+    places = grid.index_to_mm(rng.uniform((2, 2, 12), (18, 18, 48), (3000, 3)))
+    pair = SimulatedPair(ct, ct, None, None, 0.0, places + 50.0, places, {"seed": seed, "set": "standard15"})
+    part = partial_pair(pair)
+    assert part.meta["set"] == PARTIAL and pair.meta["set"] == "standard15"
+    inside = part.fixed.geometry.contains(places).mean()
+    assert PARTIAL_SHARE[0] - 0.03 <= inside <= PARTIAL_SHARE[1] + 0.03
+    points = part.fixed.geometry.grid_points_mm()[::50]
+    np.testing.assert_allclose(part.fixed.sample(points), ct.sample(points), atol=1e-5)
+    assert part.fixed.array.size < ct.array.size and part.moving is pair.moving
+
+
+def test_along_body_counts_from_the_feet():
+    for flip in (1.0, -1.0):
+        grid = Geometry((10, 4, 4), (1.0, 1.0, 2.0), (0.0, 0.0, 0.0), np.diag([1.0, 1.0, flip]))
+        upper = along_body(Volume(np.zeros(grid.shape, np.float32), grid), 0.6, 1.0)
+        assert upper.array.shape == (4, 4, 4)
+        assert upper.geometry.center_mm()[2] > grid.center_mm()[2]

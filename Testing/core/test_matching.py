@@ -204,6 +204,14 @@ def test_matching_auto_follows_the_verdict_of_the_prior(subjects):
     assert match.method == "nearest" and "refused" in match.reason
 
 
+def test_matching_guided_by_a_registration_for_review_is_never_confident(subjects):
+    point = np.array([[50.0, 50.0, 50.0]])
+    sure = match_points(*subjects, point, prior=PRIOR, prior_verdict="accepted", limits=LAX)[0]
+    unsure = match_points(*subjects, point, prior=PRIOR, prior_verdict="review", limits=LAX)[0]
+    assert sure.confident and not unsure.confident and "only for review" in unsure.reason
+    np.testing.assert_array_equal(sure.point_mm, unsure.point_mm)
+
+
 def repeating(points):
     """Anatomy that repeats every 40 mm along z within 48..128, like vertebrae one or two levels apart."""
     result = points.copy()

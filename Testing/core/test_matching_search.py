@@ -172,3 +172,22 @@ def test_matching_fast_search_of_another_person_gives_the_exhaustive_answer(tors
     rows, found = index.best(queries)
     assert np.median(found) < 0.9
     assert np.mean(np.linalg.norm(index.points_mm[rows] - places[scores.argmax(1)], axis=1) < 1e-6) >= 0.99
+
+
+def test_search_near_with_a_largest_penalty_equals_looking_everywhere():
+    rng = np.random.default_rng(5)
+    index = search_index(make())
+    rows = rng.integers(0, len(index.cells), 40)
+    queries = index.descriptors[rows].astype(np.float32)
+    queries += rng.normal(0, 0.05, queries.shape).astype(np.float32)
+    predicted = index.points_mm[rows] + rng.normal(0, 25.0, (40, 3))
+    weight, most = 0.1, 0.2
+    found, scores = index.best_near(queries, predicted, weight, most)
+    far = 0
+    for i, query in enumerate(queries):
+        values = index.scores(query)
+        penalty = np.minimum(weight * np.sum((index.points_mm - predicted[i]) ** 2, axis=1) / 100.0, most)
+        assert values[found[i]] - penalty[found[i]] >= (values - penalty).max() - 1e-3
+        assert scores[i] == pytest.approx(values[found[i]], abs=1e-3)
+        far += np.linalg.norm(index.points_mm[found[i]] - predicted[i]) > 10 * np.sqrt(most / weight)
+    assert 0 < far < 40

@@ -18,7 +18,7 @@ from uae.bench.metrics import (
     CONFIDENT_FAILURE_MM,
     MATCH_LIMIT_MM,
     auto_matches,
-    is_confident,
+    confident_matches,
     summarise,
     verdict_of_case,
 )
@@ -33,8 +33,16 @@ FIGURES = {
 }
 """Figures of a registration that may carry a limit; 1: at least, -1: at most."""
 
-LEAST = {"inliers": 12.0, "spread_mm": 6.0}
-"""Below these nothing is accepted whatever the data say: a dozen matches within a vertebra fix no rotation."""
+LEAST = {
+    "review": {"inliers": 12.0, "spread_mm": 6.0, "heldout_within_10mm": 0.1, "heldout_log10_p": -4.0},
+    "accepted": {"heldout_within_10mm": 0.15, "heldout_log10_p": -8.0, "runner_up_ratio": 0.5},
+}
+"""No limit is looser than these whatever the data say: a dozen matches within a vertebra fix no rotation, the held-out
+matches must agree beyond chance, and the second best place may have half the support of the best. Review's hold for
+accepted as well."""
+
+MATCH_LEAST = {"score": 0.3, "cycle_mm": 10.0}
+"""The same for a confident match: what leads back elsewhere is none."""
 
 SIZE, SIZE_SLACK = "smaller_body_ml", 0.95
 """Scans smaller than this share of the smallest case lie outside what the other limits have seen."""
@@ -57,6 +65,14 @@ class Box:
     """Limits by figure: sign * value >= sign * limit."""
 
     limits: dict[str, float]
+
+    def tightened(self, least: Mapping[str, float]) -> Box:
+        """The stricter of both limits for every figure."""
+        strictest = dict(self.limits)
+        for name, value in least.items():
+            sign = FIGURES[name]
+            strictest[name] = sign * max(sign * value, sign * strictest.get(name, value))
+        return Box(strictest)
 
     def as_limits(self) -> dict[str, dict[str, float]]:
         """The form `uae.registration.adareg.verdict_of` reads."""
@@ -86,8 +102,6 @@ def fit_box(
     names, signs = list(FIGURES), np.array(list(FIGURES.values()), float)
     good, bad = right * signs, wrong * signs
     low = np.full(len(names), -np.inf)
-    for name, least in LEAST.items():
-        low[names.index(name)] = least
     if len(good):
         edge = np.nanquantile(good, guard, axis=0, method="lower")
         # A little beyond the outermost right rows: the next person's right pair will not be inside exactly these.
@@ -155,8 +169,10 @@ def fit_registration(
     apart = _rows([pair for pair in negatives if pair["kind"] == NO_OVERLAP])
     others = _rows([pair for pair in negatives if pair["kind"] != NO_OVERLAP])
     # First the pairs without overlap, all of them; then the wrong ones down to the tolerated share.
-    review = fit_box(right, wrong, math.floor(wrong_in_review * len(wrong)), start=fit_box(right, apart))
-    accepted = fit_box(right, np.concatenate([wrong, apart, others]), start=review)
+    surely_related = fit_box(right, apart, start=Box(LEAST["review"]))
+    review = fit_box(right, wrong, math.floor(wrong_in_review * len(wrong)), start=surely_related)
+    start = fit_box(right, right[:0], start=review).tightened(LEAST["accepted"])
+    accepted = fit_box(right, np.concatenate([wrong, apart, others]), start=start)
     limits = {"accepted": accepted.as_limits(), "review": review.as_limits()}
     sizes = [case["registration"]["features"].get(SIZE) for case in cases if case["registration"]["features"]]
     known = [size for size in sizes if size is not None]
@@ -173,6 +189,14 @@ def _match_columns(matches: Sequence[Mapping[str, Any]]) -> tuple[np.ndarray, np
     errors = [math.inf if match["error_mm"] is None else match["error_mm"] for match in kept]
     signs = np.array(list(MATCH_FIGURES.values()), float)
     return np.array(figures, np.float64).reshape(-1, len(MATCH_FIGURES)) * signs, np.array(errors, np.float64)
+
+
+def _reaches_least(figures: np.ndarray) -> np.ndarray:
+    """Bool (N,): rows of signed figures (N, F) within MATCH_LEAST."""
+    names = list(MATCH_FIGURES)
+    return np.logical_and.reduce([
+        ~(figures[:, names.index(name)] < MATCH_FIGURES[name] * least) for name, least in MATCH_LEAST.items()
+    ])  # fmt: skip
 
 
 def _candidates(values: np.ndarray, steps: int) -> np.ndarray:
@@ -211,6 +235,8 @@ def fit_match(
     group = np.concatenate([np.full(len(error), k) for k, (_, error) in enumerate(groups.values())] or [np.zeros(0)])
     apart, _ = _match_columns(negatives)
     allowed = math.floor(confident_negatives * len(negatives))
+    fit = _reaches_least(figures)
+    figures, errors, group, apart = figures[fit], errors[fit], group[fit], apart[_reaches_least(apart)]
     usable = [k for k in range(len(MATCH_FIGURES)) if np.isfinite(figures[:, k]).any()]
     grids = [_candidates(figures[:, k], steps) for k in usable]
     over = errors > MATCH_LIMIT_MM
@@ -250,17 +276,14 @@ def calibrate(cases: Sequence[Mapping[str, Any]], negatives: Sequence[Mapping[st
     registration = fit_registration(cases, negatives)
     sets = sorted({case["set"] for case in cases})
     free = {name: [match for case in cases if case["set"] == name for match in case["fixed_point"]] for name in sets}
-    auto = {
-        name: [match for case in cases if case["set"] == name for match in auto_matches(case, registration)]
+    # A guided match is confident only where the pair is accepted, which no negative pair is.
+    guided = {
+        name: [m for case in cases if case["set"] == name and verdict_of_case(case, registration) == ACCEPTED
+               for m in case["guided"] if m["method"] == "guided"]
         for name in sets
-    }
-    guided = {name: [match for match in records if match["method"] == "guided"] for name, records in auto.items()}
-    apart = [pair for pair in negatives if pair["kind"] == NO_OVERLAP]
-    passed = [match for pair in apart for match in auto_matches(pair, registration) if match["method"] == "guided"]
-    by_method = {
-        "fixed-point": fit_match(free, [match for pair in apart for match in pair["fixed_point"]]),
-        "guided": fit_match(guided, passed),
-    }
+    }  # fmt: skip
+    apart = [match for pair in negatives if pair["kind"] == NO_OVERLAP for match in pair["fixed_point"]]
+    by_method = {"fixed-point": fit_match(free, apart), "guided": fit_match(guided)}
     return {
         "registration": registration,
         "match": {**by_method, "nearest": dict(NEVER), "guided-nearest": dict(NEVER)},
@@ -284,7 +307,7 @@ def judge_thresholds(
             "pairs": len(pairs),
             "accepted": verdicts.count(ACCEPTED),
             "refused": verdicts.count(REFUSED),
-            "confident_matches": sum(is_confident(match, thresholds.get("match")) for match in matches),
+            "confident_matches": sum(len(confident_matches(pair, thresholds)) for pair in pairs),
             "matches": len(matches),
         }
     return result

@@ -14,13 +14,14 @@ import numpy as np
 
 from uae.bench.data import VALIDATION_CTS, find_data
 from uae.bench.metrics import plain, point_errors, summarise, transform_tre
+from uae.bench.parts import PARTIAL, PARTIAL_FROM, partial_pair
 from uae.embedding import Embedding, embed
 from uae.errors import InputError
 from uae.files import atomic_path
-from uae.matching import Match, match_points, nearest
+from uae.matching import PRIOR_MOST, Match, match_points, nearest
 from uae.preprocess import body_mask
 from uae.progress import Cancel, Progress, check_cancel, report
-from uae.registration.adareg import REVIEW
+from uae.registration.adareg import ACCEPTED
 from uae.registration.masks import body_volume
 from uae.registration.refine import refine_rigid
 from uae.registration.relate import relate
@@ -33,6 +34,7 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
+ALL_SETS = (*SETS, PARTIAL)
 CASES_PER_CT = 20
 QUICK_CASES = 4
 NEAREST_POINTS = 500
@@ -81,11 +83,16 @@ def match_records(
     prior: Transform | None = None, verdict: str | None = None, pair_score: float | None = None,
     cancel: Cancel | None = None,
 ) -> list[dict[str, Any]]:
-    """Match points (N, 3) mm and record them with their errors against truth (N, 3) mm (or None)."""
+    """Match points (N, 3) mm and record them with their errors against truth (N, 3) mm (or None).
+
+    They are matched as under `verdict`; what they lack to be confident is recorded as if the pair were accepted, since
+    other limits may give it another verdict.
+    """
     limits = ANY_MATCH if pair_score is None else {**ANY_MATCH, "pair_score": pair_score}
     found = match_points(
-        template, query, points, method=method, prior=prior, prior_verdict=verdict, limits=limits, cancel=cancel
-    )
+        template, query, points, method=method, prior=prior, prior_verdict=None if prior is None else ACCEPTED,
+        prior_most=np.inf if verdict == ACCEPTED else PRIOR_MOST, limits=limits, cancel=cancel,
+    )  # fmt: skip
     places = [None] * len(found) if truth is None else truth
     return [match_record(match, method, place) for match, place in zip(found, places, strict=True)]
 
@@ -153,7 +160,7 @@ def run_case(
     if found.transform is not None:
         # Whatever the verdict: which of the two the product gives is decided when verdicts are judged (`auto_matches`).
         guided = match_records(
-            relation.moving, relation.fixed, few, few_truth, "guided", found.transform.inverse(), REVIEW,
+            relation.moving, relation.fixed, few, few_truth, "guided", found.transform.inverse(), found.verdict,
             pair_score_of(model, "guided"), cancel,
         )
     lap("guided")
@@ -180,7 +187,7 @@ def report_of(
 ) -> dict[str, Any]:
     """The benchmark's JSON: figures under each set's name, `meta`, and all `cases`."""
     result: dict[str, Any] = {}
-    for name in SETS:
+    for name in ALL_SETS:
         own = [case for case in cases if case["set"] == name]
         if own:
             result[name] = summarise(own, thresholds)
@@ -206,7 +213,7 @@ def run_embedding_bench(
     model: Model,
     data_dir: str | Path | None = None,
     quick: bool = False,
-    sets: Sequence[str] = tuple(SETS),
+    sets: Sequence[str] = ALL_SETS,
     cases_per_ct: int = CASES_PER_CT,
     json_path: str | Path | None = None,
     options: BenchOptions | None = None,
@@ -220,7 +227,7 @@ def run_embedding_bench(
         model: the weights with their thresholds.
         data_dir: folder of the real volumes; UAE_DATA or the default where None.
         quick: four cases a CT and set, and a third of the points for fixed-point matching.
-        sets: names of `uae.simulate.SETS`.
+        sets: names of `uae.simulate.SETS`, and "partial".
         cases_per_ct: cases of every set for every CT.
         json_path: written after every case; a run of the same model and options continues there.
         options: points a case, device, refinement.
@@ -235,9 +242,9 @@ def run_embedding_bench(
         InputError: no data, unknown set, a result file that cannot be used.
         CancelledError: the user stopped; finished cases stay in the file.
     """
-    unknown = [name for name in sets if name not in SETS]
+    unknown = [name for name in sets if name not in ALL_SETS]
     if unknown:
-        raise InputError(f"unknown set '{unknown[0]}'; choose from {', '.join(SETS)}")
+        raise InputError(f"unknown set '{unknown[0]}'; choose from {', '.join(ALL_SETS)}")
     data = find_data(data_dir)
     options = options or BenchOptions(fixed_points=FIXED_POINTS // 3 if quick else FIXED_POINTS)
     per_ct = min(cases_per_ct, QUICK_CASES) if quick else cases_per_ct
@@ -262,8 +269,11 @@ def run_embedding_bench(
             loaded = (subject, ct, body_mask(ct), embed(ct, model, device=options.device, cancel=cancel))
         _, ct, body, fixed = loaded
         start = time.perf_counter()
-        pair = simulate_mr(ct, seed, name, body)
+        pair = simulate_mr(ct, seed, PARTIAL_FROM if name == PARTIAL else name, body)
         simulated = round(time.perf_counter() - start, 2)
+        if name == PARTIAL:
+            pair = partial_pair(pair)
+            fixed = embed(pair.fixed, model, device=options.device, cache=False, cancel=cancel)
         case = run_case(pair, fixed, model, options, cancel)
         case |= {"ct": subject, "seconds": {"simulate": simulated, **case["seconds"]}}
         cases.append(case)

@@ -80,6 +80,15 @@ def auto_matches(case: Mapping[str, Any], limits: Mapping[str, Any] | None) -> l
     return list(case["fixed_point"] if verdict_of_case(case, limits) == REFUSED else case["guided"])
 
 
+def confident_matches(case: Mapping[str, Any], thresholds: Mapping[str, Any]) -> list[Mapping[str, Any]]:
+    """The matches of "auto" that a user would see as confident; guided ones only where the pair is accepted."""
+    matches = auto_matches(case, thresholds.get("registration"))
+    sure = [match for match in matches if is_confident(match, thresholds.get("match"))]
+    if verdict_of_case(case, thresholds.get("registration")) != ACCEPTED:
+        sure = [match for match in sure if not match["method"].startswith("guided")]
+    return sure
+
+
 def _number(value: float | None) -> float:
     """A recorded figure; None stands for no estimate, which is infinitely wrong."""
     return math.inf if value is None else float(value)
@@ -135,7 +144,7 @@ def summarise(cases: Sequence[Mapping[str, Any]], thresholds: Mapping[str, Any] 
         "confident_failure_rate": float(((verdicts == ACCEPTED) & (refined > floor + CONFIDENT_FAILURE_MM)).mean()),
     }
     matches = [match for own in auto for match in own]
-    sure = [match for match in matches if is_confident(match, thresholds.get("match"))]
+    sure = [match for case in cases for match in confident_matches(case, thresholds)]
     result["confident_share"] = len(sure) / max(len(matches), 1)
     over = sum(match["error_mm"] > MATCH_LIMIT_MM for match in sure)
     result["confident_over_10mm"] = over / len(sure) if sure else 0.0

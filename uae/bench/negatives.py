@@ -13,14 +13,15 @@ import numpy as np
 from uae.bench.data import VALIDATION_CTS, DataFolder, find_data
 from uae.bench.embedding import match_records, pair_score_of, write_json
 from uae.bench.metrics import plain
+from uae.bench.parts import along_body
 from uae.embedding import embed
 from uae.errors import InputError
 from uae.phantom import VALIDATION_SEEDS, make_phantom
 from uae.progress import Cancel, Progress, check_cancel, report
-from uae.registration.adareg import REVIEW, body_points, spread_sample
+from uae.registration.adareg import body_points, spread_sample
 from uae.registration.relate import relate
 from uae.simulate import simulate_mr
-from uae.volume import Geometry, Volume
+from uae.volume import Volume
 
 if TYPE_CHECKING:
     from uae.models import Model
@@ -45,23 +46,6 @@ class NegativePair:
     kind: str
     fixed: Volume
     moving: Volume
-
-
-def along_body(volume: Volume, low: float, high: float) -> Volume:
-    """The part of a scan between two fractions of its height, 0 = caudal end, 1 = cranial end."""
-    axis = int(np.argmax(np.abs(volume.geometry.direction[2])))
-    count = int(volume.geometry.size[axis])
-    if volume.geometry.direction[2, axis] < 0:
-        low, high = 1.0 - high, 1.0 - low
-    first, last = round(low * count), round(high * count)
-    cut = [slice(None)] * 3
-    cut[2 - axis] = slice(first, last)
-    start = np.zeros(3)
-    start[axis] = first
-    array = volume.array[tuple(cut)]
-    grid = volume.geometry
-    origin = grid.index_to_mm(start)[0]
-    return volume.replace(array, Geometry(array.shape, grid.spacing, origin, grid.direction))
 
 
 def negative_pairs(data: DataFolder, per_kind: int = 4) -> Iterator[NegativePair]:
@@ -140,7 +124,7 @@ def run_negatives(
         if found.transform is not None:
             # Whatever the verdict: other limits may let the pair pass.
             guided = match_records(
-                relation.moving, relation.fixed, points, None, "guided", found.transform.inverse(), REVIEW,
+                relation.moving, relation.fixed, points, None, "guided", found.transform.inverse(), found.verdict,
                 pair_score_of(model, "guided"), cancel,
             )
         records.append(plain({

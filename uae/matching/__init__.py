@@ -3,6 +3,7 @@
 from uae.matching.confidence import judge, limits_for
 from uae.matching.fixed_point import FixedPointOptions
 from uae.matching.match import (
+    PRIOR_MOST,
     PRIOR_WEIGHT,
     Match,
     inside_scan,
@@ -14,6 +15,7 @@ from uae.matching.match import (
 from uae.matching.search import SearchIndex, search_index
 
 __all__ = [
+    "PRIOR_MOST",
     "PRIOR_WEIGHT",
     "FixedPointOptions",
     "Match",
