@@ -5,6 +5,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 from scipy import ndimage
+from scipy.stats import binom
 
 from uae.embedding import Embedding
 from uae.errors import CancelledError, InputError, NoConfidentResultError
@@ -147,6 +148,14 @@ def test_rigid_holds_out_whole_cubes_and_always_the_same():
     assert (evidence.held_out(points, seed=1) != held).any()
 
 
+@pytest.mark.parametrize(
+    ("hits", "count", "chance"), [(0, 9, 0.1), (1, 9, 0.1), (9, 9, 0.3), (40, 90, 0.02), (80, 90, 1e-5)]
+)
+def test_rigid_heldout_probability_is_the_binomial_one(hits, count, chance):
+    expected = max(binom.logsf(hits - 1, count, chance) / np.log(10.0), -300.0)
+    assert evidence._log10_at_least(hits, count, chance) == pytest.approx(expected, rel=1e-9, abs=1e-12)
+
+
 def test_rigid_second_pass_starts_from_the_first_and_searches_the_same_scan(scans):
     first = estimate(scans["part"], scans["whole"], n_points=300)
     assert first.searched == "fixed"
@@ -166,6 +175,9 @@ def test_rigid_masks_restrict_matches(scans):
     mask = Volume((points[:, 2] < 15.0).astype(np.uint8).reshape(grid.shape), grid)
     found = estimate(scans["whole"], scans["part"], n_points=300, fixed_mask=mask)
     assert len(found.fixed_points) and found.fixed_points[:, 2].max() < 19.0
+    whole = estimate(scans["whole"], scans["part"], n_points=300)
+    # What a mask hides counts as unknown, not as air.
+    assert found.features["hypothesis_score"] > 0.8 * whole.features["hypothesis_score"]
     with pytest.raises(InputError, match="no body"):
         empty = Volume(np.zeros(grid.shape, np.uint8), grid)
         estimate(scans["whole"], scans["part"], fixed_mask=empty)

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from uae.embedding import embed
-from uae.errors import CancelledError
+from uae.errors import CancelledError, InputError, ResourceError
 from uae.geometry import Geometry
 from uae.models import load_model
 from uae.registration.adareg import AdaRegResult, estimate
@@ -98,7 +98,27 @@ def test_no_candidate_means_no_second_pass(model, scan):
     noise = np.random.default_rng(0).normal(0, 300, scan.array.shape).astype(np.float32)
     other = scan.replace(np.where(scan.array > -500, noise, -1000).astype(np.float32))
     embeddings = embed(scan, model, cache=False), embed(other, model, cache=False)
-    found = relate(scan, other, *embeddings, model, cache=False, n_points=6)
-    assert found.passes == 1 and found.found.verdict == "refused"
+    found = relate(scan, other, *embeddings, model, cache=False, n_points=60)
+    assert found.found.verdict == "refused" and (found.passes == 1) == (found.found.rigid is None)
     with pytest.raises(CancelledError):
         relate(scan, other, *embeddings, model, cache=False, cancel=lambda: True)
+
+
+@pytest.mark.parametrize("reason", ["too large", "no body", "no memory"])
+def test_first_pass_stands_where_the_second_cannot_be_made(model, scan, reason, monkeypatch):
+    embeddings = embed(scan, model, cache=False), embed(scan, model, cache=False)
+    turn = Rigid.from_euler_deg(28.0, 28.0, 0.0) if reason == "too large" else Rigid.identity()
+    given = AdaRegResult("refused", "", transform=turn, rigid=turn)
+    errors = {"no body": InputError("no body was found"), "no memory": ResourceError("out of memory")}
+
+    def first_given(*arguments, first=None, **options):
+        if first is None:
+            return given
+        raise errors.get(reason, AssertionError("the second pass must not run"))
+
+    monkeypatch.setattr("uae.registration.relate.estimate", first_given)
+    if reason == "too large":
+        monkeypatch.setattr("uae.registration.relate.GROWTH_IF_REFUSED", 1.0)
+    found = relate(scan, scan, *embeddings, model, cache=False)
+    assert found.passes == 1 and found.found is given and (found.fixed, found.moving) == embeddings
+    assert set(found.seconds) == {"match"}

@@ -169,7 +169,7 @@ class _Matcher:
             progress=progress,
         )
         if maps is not None:
-            self._write_maps(template, embedded, maps)
+            self._write_maps(*seen, maps)
         return matches
 
     def _embedding(self, model: Model) -> Embedding:

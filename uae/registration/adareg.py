@@ -212,8 +212,14 @@ def _masked(embedding: Embedding, mask: Volume | None) -> Embedding:
     """The embedding with its body cut to a mask image > 0, so that nothing outside is searched or found."""
     if mask is None:
         return embedding
-    keep = inside(mask, embedding.fine_geometry.grid_points_mm()).reshape(embedding.body.shape)
-    return replace(embedding, body=embedding.body & keep, _search=None)
+    return replace(embedding, body=embedding.body & _region(embedding, mask), _search=None)
+
+
+def _region(embedding: Embedding, mask: Volume | None) -> np.ndarray:
+    """Bool, fine grid: inside the scan and the mask image > 0."""
+    if mask is None:
+        return embedding.valid
+    return embedding.valid & inside(mask, embedding.fine_geometry.grid_points_mm()).reshape(embedding.valid.shape)
 
 
 def estimate(
@@ -255,6 +261,7 @@ def estimate(
         CancelledError: the user stopped.
     """
     rng = np.random.default_rng(seed)
+    masks = {"fixed": fixed_mask, "moving": moving_mask}
     scans = {"fixed": _masked(fixed, fixed_mask), "moving": _masked(moving, moving_mask)}
     bodies = {name: body_points(scan) for name, scan in scans.items()}
     for name, points in bodies.items():
@@ -268,9 +275,9 @@ def estimate(
     queries = spread_sample(body, n_points, rng)
     report(progress, "match", 0.0)
     check_cancel(cancel)
-    found_source, found_target, scores, cycle = mutual_matches(source, target, queries, cycle_mm=CYCLE_MM)
+    part = None if progress is None else lambda stage, fraction: progress(stage, 0.8 * fraction)
+    found_source, found_target, scores, cycle = mutual_matches(source, target, queries, CYCLE_MM, part, cancel)
     check_cancel(cancel)
-    report(progress, "match", 0.8)
     mutual = np.isfinite(cycle) & (cycle <= CYCLE_MM)
     a, b, scores = found_source[mutual], found_target[mutual], np.asarray(scores, dtype=np.float64)[mutual]
     pair = (b, a) if swap else (a, b)
@@ -288,7 +295,9 @@ def estimate(
     try:
         winner = ransac(a[fit], b[fit], tolerance_mm=TOLERANCE_MM, seed=seed)
         shown = queries[~held_out(queries)]
-        chosen = best_hypothesis(source, target, a[fit], b[fit], shown, earlier, seed, cancel)
+        chosen = best_hypothesis(
+            source, target, a[fit], b[fit], shown, earlier, _region(target, masks[other]), seed, cancel
+        )
     except NoConfidentResultError as error:
         result.reason = f"{error}{_NEXT_STEP}"
         return result
@@ -333,7 +342,12 @@ def estimate(
     linear = rigid
     if affine:
         linear = _affine(rigid, a[agreed], b[agreed])
-        result.judge_by(heldout_figures(linear, a[result.heldout_mask], b[result.heldout_mask]))
+        figures = heldout_figures(linear, a[result.heldout_mask], b[result.heldout_mask])
+        if figures["heldout_within_10mm"] < result.heldout_within_10mm:
+            log.warning("affine: fewer held-out matches agree with it; the rigid transform is kept")
+            linear = rigid
+        else:
+            result.judge_by(figures)
     result.transform = linear.inverse() if swap else linear
     result.rigid = rigid.inverse() if swap else rigid
     report(progress, "match", 1.0)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 
 import numpy as np
-from scipy.stats import binom
+from scipy.special import betainc
 
 from uae.embedding import Embedding
 from uae.errors import NoConfidentResultError
@@ -22,13 +22,20 @@ LEAST_IN_PLACE = 8
 def held_out(points: np.ndarray, seed: int = 0) -> np.ndarray:
     """Bool (N,): points (N, 3) mm in about a fifth of all cubes of 16 mm, the same cubes at every call.
 
-    Whole cubes are kept from every fit, in both passes of a registration, so that no fit has seen a neighbour of a
-    match that judges it, and no match of the first pass comes back in the second.
+    Whole cubes are kept from every fit, in both passes of a registration, so that the matches around one that judges a
+    fit are mostly unseen as well, and no match of the first pass comes back in the second.
     """
     cubes, which = np.unique(np.floor(points / HELDOUT_CUBE_MM).astype(np.int64), axis=0, return_inverse=True)
     # Seeds are non-negative: 2**20 cubes are 16 km.
     draws = [np.random.default_rng([seed, *(cube + 2**20)]).random() for cube in cubes]
     return (np.array(draws) < HELDOUT_SHARE)[which.reshape(-1)]
+
+
+def _log10_at_least(hits: int, count: int, chance: float) -> float:
+    """log10 of the binomial probability of `hits` or more among `count`, not below -300."""
+    # scipy.stats says the same and takes more than a second to import.
+    probability = float(betainc(hits, count - hits + 1, chance)) if hits else 1.0
+    return math.log10(probability) if probability > 1e-300 else -300.0
 
 
 def heldout_figures(transform: Affine, source: np.ndarray, target: np.ndarray) -> dict[str, float]:
@@ -50,7 +57,7 @@ def heldout_figures(transform: Affine, source: np.ndarray, target: np.ndarray) -
         "heldout": count,
         "heldout_within_10mm": hits / max(count, 1),
         "heldout_chance": chance,
-        "heldout_log10_p": float(max(binom.logsf(hits - 1, count, smoothed) / math.log(10.0), -300.0)) if hits else 0.0,
+        "heldout_log10_p": _log10_at_least(hits, count, smoothed),
         "heldout_residual_median_mm": float(np.median(residual)) if count else math.nan,
         "heldout_inlier_median_mm": float(np.median(residual[residual <= TOLERANCE_MM])) if hits else math.nan,
     }

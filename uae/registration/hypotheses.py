@@ -51,13 +51,13 @@ class Winner:
 class _Body:
     """Query points of one scan with their descriptors, searched near predicted places of the other."""
 
-    def __init__(self, source: Embedding, target: Embedding, points: np.ndarray) -> None:
-        self.points, self.target = points, target
+    def __init__(self, source: Embedding, target: Embedding, points: np.ndarray, region: np.ndarray) -> None:
+        self.points, self.target, self.region = points, target, region
         self.descriptors = source.descriptors(points)
         self.index = search_index(target)
         # Without a body cell near a prediction the search would have to look through the whole scan. Beyond the scan's
         # edge there is nothing to find: a match at the edge would only draw the scans over each other.
-        self.near_body = ndimage.binary_dilation(target.body, iterations=NEAR_CELLS) & target.valid
+        self.near_body = ndimage.binary_dilation(target.body, iterations=NEAR_CELLS) & region
 
     def part(self, chosen: np.ndarray) -> _Body:
         """The same with some of the points only."""
@@ -71,7 +71,7 @@ class _Body:
         scanned = ((cells >= 0) & (cells < self.near_body.shape)).all(axis=1)
         visible = scanned.copy()
         visible[scanned] = self.near_body[tuple(cells[scanned].T)]
-        scanned[scanned] = self.target.valid[tuple(cells[scanned].T)]
+        scanned[scanned] = self.region[tuple(cells[scanned].T)]
         return scanned, visible
 
     def step(self, transform: Rigid, weight: float) -> tuple[Rigid, float]:
@@ -105,6 +105,7 @@ def best_hypothesis(
     target_points: np.ndarray,
     body_points: np.ndarray,
     earlier: Rigid | None = None,
+    region: np.ndarray | None = None,
     seed: int = 0,
     cancel: Cancel | None = None,
 ) -> Winner:
@@ -118,6 +119,7 @@ def best_hypothesis(
         body_points: (M, 3) mm, points of the source's body, evenly spread; matches that are held out must not be
             among them.
         earlier: one more hypothesis.
+        region: bool on the target's fine grid, where it is known and searched; its valid cells where None.
         seed: of all random choices.
         cancel: asked between the hypotheses.
 
@@ -130,7 +132,7 @@ def best_hypothesis(
     if earlier is not None:
         rivals = [earlier, *rivals]
     rng = np.random.default_rng(seed)
-    whole = _Body(source, target, body_points)
+    whole = _Body(source, target, body_points, target.valid if region is None else region)
     scoring = whole.part(rng.permutation(len(body_points))[:SCORING_POINTS])
     judged: list[tuple[float, Rigid]] = []
     for rival in rivals:

@@ -12,10 +12,14 @@ import time
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
+import numpy as np
+
 from uae.embedding import Embedding, embed
+from uae.errors import InputError, ResourceError
 from uae.geometry import Geometry
+from uae.preprocess import network_geometry
 from uae.progress import Cancel, Progress
-from uae.registration.adareg import N_POINTS, AdaRegResult, estimate
+from uae.registration.adareg import N_POINTS, REFUSED, AdaRegResult, estimate
 from uae.transform import Rigid
 from uae.volume import Volume
 
@@ -23,6 +27,9 @@ if TYPE_CHECKING:
     from uae.models import Model
 
 log = logging.getLogger(__name__)
+
+GROWTH, GROWTH_IF_REFUSED = 3.0, 2.0
+"""How much larger than a scan's own grid its turned one may be; 30 degrees on a long torso take 2.5 times the cells."""
 
 
 @dataclass
@@ -33,7 +40,7 @@ class Relation:
         found: transform fixed -> moving with its verdict.
         fixed, moving: embeddings; after a second pass one of them lies on the other's continued grid. Guided matching
             is best done with these, free matching with the scans' own.
-        passes: 1 where the first found no candidate, else 2.
+        passes: 2, or 1 where the first found no candidate or the second could not be made (the log says why).
         seconds: wall time of "match", "embed_again" and "match_again".
     """
 
@@ -90,7 +97,6 @@ def relate(
 
     Raises:
         InputError: a scan (or its mask) holds no body at all.
-        ResourceError: out of memory.
         CancelledError: the user stopped.
     """
     options = {
@@ -102,17 +108,28 @@ def relate(
     relation = Relation(first, fixed_embedding, moving_embedding, 1, {"match": time.perf_counter() - start})
     if first.rigid is None or not second_pass:
         return relation
-    start = time.perf_counter()
     if first.searched == "moving":
-        lattice = carried(fixed_embedding.geometry, first.rigid)
-        relation.moving = embed(moving, model, device, memory_mb, cache, lattice, progress, cancel)
+        scan, lattice = moving, carried(fixed_embedding.geometry, first.rigid)
     else:
-        lattice = carried(moving_embedding.geometry, first.rigid.inverse())
-        relation.fixed = embed(fixed, model, device, memory_mb, cache, lattice, progress, cancel)
-    relation.seconds["embed_again"] = time.perf_counter() - start
-    start = time.perf_counter()
-    relation.found = estimate(relation.fixed, relation.moving, first=first, **options)
-    relation.passes = 2
-    relation.seconds["match_again"] = time.perf_counter() - start
-    log.info("second pass: %s after %s", relation.found.verdict, first.verdict)
-    return relation
+        scan, lattice = fixed, carried(moving_embedding.geometry, first.rigid.inverse())
+    try:
+        _check_growth(scan, lattice, model, GROWTH_IF_REFUSED if first.verdict == REFUSED else GROWTH)
+        start = time.perf_counter()
+        again = embed(scan, model, device, memory_mb, cache, lattice, progress, cancel)
+        middle = time.perf_counter()
+        pair = (fixed_embedding, again) if first.searched == "moving" else (again, moving_embedding)
+        found = estimate(*pair, first=first, **options)
+    except (InputError, ResourceError) as error:
+        log.warning("no second pass, the first one stands: %s", error)
+        return relation
+    seconds = {**relation.seconds, "embed_again": middle - start, "match_again": time.perf_counter() - middle}
+    log.info("second pass: %s after %s", found.verdict, first.verdict)
+    return Relation(found, *pair, 2, seconds)
+
+
+def _check_growth(scan: Volume, lattice: Geometry, model: Model, most: float) -> None:
+    """Raise InputError where the turned grid would be more than `most` times as large as the scan's own."""
+    stride = model.config.coarse_stride
+    own, turned = (network_geometry(scan.geometry, stride, grid) for grid in (None, lattice))
+    if np.prod(turned.size) > most * np.prod(own.size):
+        raise InputError("the turned scan's grid would be too large")
