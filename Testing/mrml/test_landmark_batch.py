@@ -155,7 +155,9 @@ def test_similarity_map_lies_over_the_query(logic, scene):
     matrix = vtk.vtkMatrix4x4()
     node.GetIJKToRASMatrix(matrix)
     best = np.array(matrix.MultiplyPoint((float(x), float(y), float(z), 1.0)))[:3]
-    assert np.linalg.norm(best - flip_points(HILUM)[0]) < CELL_MM
+    # The nearest neighbour is the map's highest cell, moved by up to half a cell along each axis.
+    apart = world_of(found, 1) - (above @ np.append(best, 1))[:3]
+    assert np.linalg.norm(apart) <= np.sqrt(3) * 2.0 + 1e-3
     with pytest.raises(InputError, match="no such point"):
         logic.similarityMap(found, 9)
 

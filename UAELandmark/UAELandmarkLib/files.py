@@ -47,7 +47,10 @@ def load_points(scene: Any, path: str | Path) -> Any:
         else:
             _read_markups(scene, markups, path)
     except InputError:
-        scene.RemoveNode(markups)
+        # The markups logic gives every new list a display node at once.
+        shown = [markups.GetNthDisplayNode(index) for index in range(markups.GetNumberOfDisplayNodes())]
+        for node in (*shown, markups):
+            scene.RemoveNode(node)
         raise
     markups.CreateDefaultDisplayNodes()
     return markups
