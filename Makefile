@@ -31,4 +31,4 @@ lint: install
 
 clean:
 	rm -rf build .pytest_cache .ruff_cache *.egg-info
-	find uae Testing -name __pycache__ -type d -prune -exec rm -rf {} +
+	find uae UAE* Testing -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -73,7 +73,7 @@ def run_model(
             # Outside the handler: the traceback would keep the failed pass's tensors alive.
             torch.cuda.empty_cache()
             logger.warning("out of GPU memory with a bound of %.0f MB; trying thinner slabs", bound)
-        logger.warning("out of GPU memory on %s; the CPU takes over", device)
+        logger.warning("out of GPU memory on %s; the CPU takes over", device, extra={"fallback_device": "cpu"})
         device = torch.device("cpu")
     try:
         return run_network(model.network(device), image, inference_dtype(device), memory_mb, progress, cancel)

@@ -15,7 +15,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import SimpleITK as sitk
-from conftest import torso_ct
+from small_scans import torso_ct
 
 from uae.cli import main
 

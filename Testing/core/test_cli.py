@@ -13,7 +13,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from conftest import torso_ct
+from small_scans import torso_ct
 
 from uae.cli import main
 from uae.cli import run as cli_run
@@ -21,7 +21,7 @@ from uae.cli.common import Session, check_writable, whole_folder
 from uae.cli.match import read_cohort
 from uae.errors import CancelledError, InputError, ModelError, NoConfidentResultError, ResourceError
 
-COMMANDS = ("register", "deform", "match", "apply", "embed", "train", "bench", "models", "phantom", "info")
+COMMANDS = ("register", "deform", "match", "apply", "embed", "train", "bench", "models", "phantom", "info", "worker")
 HEADER = "label,x_lps_mm,y_lps_mm,z_lps_mm\n"
 
 

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
-from conftest import torso_ct
 from scipy.spatial.transform import Rotation
+from small_scans import torso_ct
 
 from uae.errors import InputError, ModalityError
 from uae.geometry import Geometry

@@ -89,7 +89,7 @@ def add_modality_options(parser: argparse.ArgumentParser, *roles: str) -> None:
 
 def build_parser() -> Parser:
     """The whole command line."""
-    from uae.cli import apply, embed, info, match, models, phantom, register, train
+    from uae.cli import apply, embed, info, match, models, phantom, register, train, worker
 
     parser = Parser(
         prog="uae",
@@ -100,7 +100,7 @@ def build_parser() -> Parser:
     )
     parser.add_argument("--version", action="version", version=f"uae {__version__}")
     commands = parser.add_subparsers(dest="command", metavar="COMMAND", required=True, parser_class=Parser)
-    for module in (register, match, apply, embed, train, models, phantom, info):
+    for module in (register, match, apply, embed, train, models, phantom, info, worker):
         module.add_commands(commands)
     return parser
 

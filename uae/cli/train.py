@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import argparse
+from pathlib import Path
+from typing import Any
 
 from uae.cli.common import Session, check_writable
 from uae.cli.parser import add_command, add_model_options
@@ -11,7 +13,9 @@ from uae.errors import InputError
 TRAIN_EXAMPLE = """\
   uae train appearance --config small --set optimiser.learning_rate=5e-4 --output runs/first --budget-minutes 45
   uae train appearance --config small --output runs/first --resume"""
-BENCH_EXAMPLE = "  UAE_DATA=/data/uae uae bench embedding --quick --json build/bench/embedding.json"
+BENCH_EXAMPLE = """\
+  UAE_DATA=/data/uae uae bench embedding --quick --json build/bench/embedding.json
+  uae bench match --json build/bench/match.json"""
 
 
 def add_commands(commands: argparse._SubParsersAction) -> None:
@@ -38,12 +42,13 @@ def add_commands(commands: argparse._SubParsersAction) -> None:
     bench = add_command(
         commands,
         "bench",
-        "Measure on data with known truth and write the figures as JSON. The volumes are found through UAE_DATA or "
-        "--data. Test subjects are only reported where --report-test asks for it.",
+        "Measure on data with known truth and write the figures as JSON. embedding: accuracy on real volumes, found "
+        "through UAE_DATA or --data; test subjects are only reported where --report-test asks for it. match: seconds "
+        "from a click to its answers, through the worker, on a phantom pair of whole torsos.",
         BENCH_EXAMPLE,
     )
     bench.set_defaults(run=run_bench)
-    bench.add_argument("name", choices=("embedding",), metavar="NAME", help="embedding")
+    bench.add_argument("name", choices=("embedding", "match"), metavar="NAME", help="embedding or match")
     bench.add_argument("--quick", action="store_true", help="fewer cases")
     bench.add_argument("--report-test", action="store_true", help="also report the test subjects")
     bench.add_argument("--data", metavar="DIR", help="the volumes (default: UAE_DATA)")
@@ -79,14 +84,44 @@ def run_bench(arguments: argparse.Namespace, session: Session) -> int:
     """Run one benchmark."""
     output = check_writable(arguments.json, suffixes=(".json",))
     if arguments.report_test:
-        raise InputError("`bench embedding` measures validation subjects only; leave out --report-test")
+        raise InputError(f"`bench {arguments.name}` has no test subjects to report; leave out --report-test")
+    result = (_bench_match if arguments.name == "match" else _bench_embedding)(arguments, session, output)
+    for name, figures in result.items():
+        if name in ("meta", "cases"):
+            continue
+        session.say(name)
+        _say_figures(session, figures, "  ")
+    session.say(f"written: {output}")
+    return 0
+
+
+def _say_figures(session: Session, figures: dict[str, Any], indent: str) -> None:
+    for key, value in figures.items():
+        if isinstance(value, dict):
+            session.say(f"{indent}{key}")
+            _say_figures(session, value, indent + "  ")
+        elif isinstance(value, (int, float)):
+            session.say(f"{indent}{key:<28} {value:.3g}")
+
+
+def _bench_match(arguments: argparse.Namespace, session: Session, output: Path) -> dict[str, Any]:
+    from uae.bench.match import run_match_bench
+
+    options = ["--device", arguments.device]
+    for option, value in (("--model", arguments.model), ("--threads", arguments.threads)):
+        options += [option, str(value)] if value else []
+    options += ["--no-cache"] if arguments.no_cache else []
+    return run_match_bench(options, arguments.quick, output, session.progress)
+
+
+def _bench_embedding(arguments: argparse.Namespace, session: Session, output: Path) -> dict[str, Any]:
     from uae.bench.data import find_data
     from uae.bench.embedding import FIXED_POINTS, BenchOptions, run_embedding_bench
     from uae.models import load_model
 
     find_data(arguments.data)  # before the model is loaded: this is what is missing most often
     points = FIXED_POINTS // 3 if arguments.quick else FIXED_POINTS
-    result = run_embedding_bench(
+    return run_embedding_bench(
         load_model(arguments.model or "uae-m"),
         data_dir=arguments.data,
         quick=arguments.quick,
@@ -94,12 +129,3 @@ def run_bench(arguments: argparse.Namespace, session: Session) -> int:
         options=BenchOptions(fixed_points=points, device=arguments.device),
         progress=session.progress,
     )
-    for name, figures in result.items():
-        if name in ("meta", "cases"):
-            continue
-        session.say(name)
-        for key, value in figures.items():
-            if isinstance(value, (int, float)):
-                session.say(f"  {key:<28} {value:.3g}")
-    session.say(f"written: {output}")
-    return 0

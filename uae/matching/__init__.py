@@ -2,7 +2,16 @@
 
 from uae.matching.confidence import judge, limits_for
 from uae.matching.fixed_point import FixedPointOptions
-from uae.matching.match import PRIOR_MOST, PRIOR_WEIGHT, Match, match_points, mutual_matches, nearest, similarity_map
+from uae.matching.match import (
+    PRIOR_MOST,
+    PRIOR_WEIGHT,
+    Match,
+    inside_scan,
+    match_points,
+    mutual_matches,
+    nearest,
+    similarity_map,
+)
 from uae.matching.search import SearchIndex, search_index
 
 __all__ = [
@@ -11,6 +20,7 @@ __all__ = [
     "FixedPointOptions",
     "Match",
     "SearchIndex",
+    "inside_scan",
     "judge",
     "limits_for",
     "match_points",

@@ -333,6 +333,11 @@ def _from_pairs(
     )
 
 
+def inside_scan(embedding: Embedding, points_mm: np.ndarray) -> np.ndarray:
+    """Whether each point (N, 3) LPS mm lies in the embedded scan, bool (N,): `match_points` refuses the others."""
+    return _touches(embedding, embedding.valid, points_mm)
+
+
 def _touches(embedding: Embedding, mask: np.ndarray, points_mm: np.ndarray) -> np.ndarray:
     """(N,) is any of the 8 fine cells around each point (N, 3) mm set in the mask (z, y, x)."""
     base = np.floor(embedding.fine_geometry.mm_to_index(points_mm)[:, ::-1]).astype(np.int64)
@@ -355,7 +360,7 @@ def _checked(template: Embedding, query: Embedding, points_mm: np.ndarray) -> np
         raise InputError("there are no points to match; place at least one in the template scan")
     if not np.isfinite(points_mm).all():
         raise InputError("points must be finite numbers; check the point file")
-    outside = np.flatnonzero(~_touches(template, template.valid, points_mm))
+    outside = np.flatnonzero(~inside_scan(template, points_mm))
     if len(outside):
         place_mm = ", ".join(f"{value:.1f}" for value in points_mm[outside[0]])
         raise InputError(

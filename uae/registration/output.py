@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import logging
 import os
@@ -76,7 +77,10 @@ def _write_all(result: RegistrationResult, folder: Path) -> None:
         carried, mask = resample_with_mask(result.moving, result.fixed.geometry, result.transform)
         carried.write(folder / IMAGE)
         mask.write(folder / MASK)
-        from uae.report import write_overview
+        if importlib.util.find_spec("matplotlib") is None:  # as in 3D Slicer, which shows the result itself
+            log.info("no %s: matplotlib is not installed", OVERVIEW)
+        else:
+            from uae.report import write_overview
 
-        write_overview(result, folder / OVERVIEW)
+            write_overview(result, folder / OVERVIEW)
     (folder / REPORT).write_text(json.dumps(result.report, indent=2, allow_nan=False) + "\n", encoding="utf-8")

@@ -1,0 +1,54 @@
+"""CT or MR: what the registration would decide, without reading more than a sample of the voxels."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+
+from uae.errors import ModalityError
+from UAECommonLib.i18n import _
+from UAECommonLib.mrml import array_of
+
+__all__ = ["dicom_modality", "guess_modality"]
+
+VOXELS_LOOKED_AT = 500_000
+"""Enough for the shares of air and water that the decision asks for; some ten milliseconds."""
+
+
+def dicom_modality(volume: Any) -> str:
+    """The modality (ct, mr) by the DICOM tag of a volume node from the application's database; empty elsewhere."""
+    import slicer
+
+    database = getattr(slicer, "dicomDatabase", None)
+    uids = (volume.GetAttribute("DICOM.instanceUIDs") or "").split()
+    tag = str(database.instanceValue(uids[0], "0008,0060")) if database is not None and uids else ""
+    return tag.lower() if tag in ("CT", "MR") else ""
+
+
+def guess_modality(volume: Any) -> tuple[str, str]:
+    """CT or MR as the core decides it from a file, and why.
+
+    Args:
+        volume: volume node.
+
+    Returns:
+        ("ct", "mr" or "" where it is doubtful, reason).
+
+    Raises:
+        UnsuitableNodeError: the node holds no grey image.
+    """
+    from uae.geometry import Geometry
+    from uae.preprocess import decide_modality
+    from uae.volume import Volume
+
+    tag = dicom_modality(volume)
+    if tag:
+        return tag, _("DICOM tag Modality is {tag}").format(tag=tag.upper())
+    values = array_of(volume).reshape(-1)
+    values = values[:: max(1, values.size // VOXELS_LOOKED_AT)].reshape(-1, 1, 1)
+    line = Geometry(values.shape, np.ones(3), np.zeros(3), np.eye(3))
+    try:
+        return decide_modality(Volume(values, line))
+    except ModalityError:
+        return "", _("CT or MR is doubtful; choose it")

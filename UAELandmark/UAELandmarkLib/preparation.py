@@ -1,0 +1,154 @@
+"""Preparing pairs in the worker, and what all requests share: telling, failing, waiting."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable
+from typing import Any
+
+from uae.errors import CancelledError, InputError, UAEError
+from UAECommonLib.i18n import _
+from UAECommonLib.worker_client import WorkerClient
+from UAELandmarkLib.pairs import Pair, Pairs
+
+__all__ = ["OnDone", "OnError", "OnProgress", "Preparation"]
+
+logger = logging.getLogger(__name__)
+
+OnDone = Callable[[Any], None]
+OnError = Callable[[UAEError], None]
+OnProgress = Callable[[str, float, "float | None"], None]
+
+
+class Preparation:
+    """Pairs of volume nodes on their way into the worker.
+
+    Attributes:
+        client: of the worker.
+        pairs: what is prepared.
+        say: told what the user should know.
+        on_ready: told each pair that became ready.
+    """
+
+    def __init__(self, scene: Any, client: WorkerClient, say: Callable[[str], None]) -> None:
+        self.scene, self.client, self.say = scene, client, say
+        self.pairs = Pairs(scene)
+        self.on_ready: Callable[[Pair], None] | None = None
+
+    def start(
+        self,
+        template: Any,
+        query: Any,
+        options: dict[str, Any],
+        on_progress: OnProgress | None = None,
+        on_done: OnDone | None = None,
+        on_error: OnError | None = None,
+    ) -> int | None:
+        """Prepare a pair; see `UAELandmarkLogic.prepare`."""
+        check_volumes(template, query)
+        pair = self.pairs.find(template, query)
+        if pair is not None and pair.options == options and pair.answer is not None:
+            self.tell(on_done, pair.answer)
+            return None
+        if pair is not None and pair.request is not None:
+            self.client.cancel(pair.request)
+        self.forget(self.pairs.take(template, query))
+        files = {
+            role: {"path": str(self.pairs.file_of(volume)), "modality": options[f"{role}_modality"]}
+            for role, volume in (("template", template), ("query", query))
+        }
+        pair = self.pairs.make(template, query, options)
+
+        def done(answer: dict[str, Any]) -> None:
+            pair.request = None
+            if not self.pairs.current(pair):
+                self.fail(on_error, InputError(_("the scans were changed or removed meanwhile; prepare them again")))
+                return
+            pair.answer = answer
+            self.tell(on_done, answer)
+            self.tell(self.on_ready, pair)
+
+        def failed(error: UAEError) -> None:
+            pair.request = None
+            self.pairs.take_out(pair)
+            self.fail(on_error, error)
+
+        def progress(record: dict[str, Any]) -> None:
+            if on_progress is not None:
+                on_progress(record["stage"], record["percent"], record["eta_s"])
+
+        pair.request = self.client.prepare(
+            pair.name,
+            **files,
+            model=options["model"],
+            device=options["device"],
+            on_result=done,
+            on_error=failed,
+            on_progress=progress,
+        )
+        return pair.request
+
+    def ready(self, template: Any, query: Any) -> Pair | None:
+        """The prepared pair of two nodes as they are now, or None."""
+        if template is None or query is None:
+            return None
+        pair = self.pairs.find(template, query)
+        return pair if pair is not None and pair.answer is not None else None
+
+    def forget(self, *pairs: Pair | None) -> None:
+        """Let the worker drop pairs."""
+        for pair in filter(None, pairs):
+            self.client.forget(pair.name)
+
+    def forget_gone(self) -> None:
+        """Drop the pairs of removed volumes; what is on its way for them is stopped."""
+        self._drop(self.pairs.take_gone())
+
+    def forget_all(self) -> None:
+        """Drop all pairs: the scene is being closed."""
+        self._drop(self.pairs.take_all())
+
+    def _drop(self, pairs: list[Pair]) -> None:
+        for pair in pairs:
+            if pair.request is not None:
+                self.client.cancel(pair.request)
+            self.client.forget(pair.name)
+
+    def outcome(self, number: int | None, outcome: dict[str, Any]) -> dict[str, Any]:
+        """Wait for a request whose callbacks fill `outcome` with "answer" or "error".
+
+        Raises:
+            UAEError: the error.
+        """
+        if number is not None:
+            self.client.wait(number)
+        if "error" in outcome:
+            raise outcome["error"]
+        if "answer" not in outcome:
+            raise CancelledError(_("the work was stopped before it ended"))
+        return outcome
+
+    def fail(self, on_error: OnError | None, error: UAEError) -> None:
+        """Tell an error to who asked, or to the user."""
+        if on_error is not None:
+            on_error(error)
+        elif not isinstance(error, CancelledError):
+            self.say(str(error))
+
+    @staticmethod
+    def tell(listener: OnDone | None, value: Any) -> None:
+        """Tell a result where somebody listens."""
+        if listener is not None:
+            listener(value)
+
+
+def check_volumes(template: Any, query: Any) -> None:
+    """Refuse a missing volume, or one in both roles.
+
+    Raises:
+        InputError: with what to choose.
+    """
+    if template is None or query is None:
+        raise InputError(_("choose a template volume and a query volume"))
+    if template is query:
+        raise InputError(_("the template and the query are the same volume; choose another query"))

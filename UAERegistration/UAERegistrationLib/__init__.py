@@ -1,0 +1,1 @@
+"""Parameters, logic and widget of the module UAERegistration."""
