@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import enum
 from typing import Any
 
 import numpy as np
@@ -10,10 +11,22 @@ from uae.errors import ModalityError
 from UAECommonLib.i18n import _
 from UAECommonLib.mrml import array_of
 
-__all__ = ["dicom_modality", "guess_modality"]
+__all__ = ["Modality", "dicom_modality", "guess_modality"]
 
 VOXELS_LOOKED_AT = 500_000
 """Enough for the shares of air and water that the decision asks for; some ten milliseconds."""
+
+
+class Modality(enum.Enum):
+    """What a scan is, as it is chosen in both panels."""
+
+    AUTO = "auto"
+    CT = "ct"
+    MR = "mr"
+
+    def label(self) -> str:
+        """Text of the selector."""
+        return {Modality.AUTO: _("Automatic"), Modality.CT: _("CT"), Modality.MR: _("MR")}[self]
 
 
 def dicom_modality(volume: Any) -> str:

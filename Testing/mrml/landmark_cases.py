@@ -10,6 +10,7 @@ import SimpleITK as sitk
 import vtk
 
 from UAECommonLib.mrml import add_volume, flip_points, vtk_matrix
+from UAECommonLib.worker_client import WorkerClient
 
 SPINE, LIVER, HILUM = (4.0, 36.0, 60.0), (-40.0, 0.0, 50.0), (14.0, 30.0, 80.0)
 """Points (LPS mm) inside `small_scan`, where it has structure enough for a random network."""
@@ -34,21 +35,9 @@ def small_scan(seed: int = 0) -> sitk.Image:
     return image
 
 
-def save_tiny_model(path: Path) -> Path:
-    """A model file with random weights: everything runs with it, and nothing it says is right."""
-    import torch
-
-    from uae.models import save_model
-    from uae.network import NetworkConfig, UAENet
-    from uae.preprocess import InputMap
-
-    torch.manual_seed(0)
-    config = NetworkConfig(
-        stem="space_to_depth", channels=(4, 8, 8, 8), strides=((1, 1, 1), (2, 2, 2), (2, 2, 2), (2, 2, 2)),
-        z_kernels=(3, 3, 3, 3), pool_z=False, head_channels=8,
-    )  # fmt: skip
-    save_model(path, UAENet(config).state_dict(), config, InputMap("soft-tissue"), {}, {"name": "tiny", "version": "0"})
-    return path
+def tiny_client(model: Path) -> WorkerClient:
+    """A worker with the random network of a model file."""
+    return WorkerClient(options=["--device", "cpu", "--threads", "1", "--model", str(model)])
 
 
 def add_scan(scene: Any, name: str, seed: int = 0) -> Any:

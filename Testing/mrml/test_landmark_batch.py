@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -21,7 +22,7 @@ from landmark_cases import (
     labels_of,
     linear_parent,
     rigid,
-    save_tiny_model,
+    tiny_client,
     world_of,
 )
 
@@ -36,9 +37,9 @@ TIMEOUT_S = 300.0
 
 
 @pytest.fixture(scope="module")
-def client(tmp_path_factory: pytest.TempPathFactory) -> Iterator[WorkerClient]:
-    model = save_tiny_model(tmp_path_factory.mktemp("model") / "tiny.pt")
-    client = WorkerClient(options=["--device", "cpu", "--threads", "1", "--model", str(model)])
+def client(tiny_model: Path) -> Iterator[WorkerClient]:
+    """One worker for all tests of this file, as for all scenes of one session of the application."""
+    client = tiny_client(tiny_model)
     yield client
     client.close()
 

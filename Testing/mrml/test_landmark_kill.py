@@ -22,7 +22,7 @@ from landmark_cases import (
     add_scan,
     click,
     labels_of,
-    save_tiny_model,
+    tiny_client,
     world_of,
 )
 
@@ -34,15 +34,6 @@ from UAELandmarkLib.logic import UAELandmarkLogic
 
 TIMEOUT_S = 240.0
 KILLS = 20
-
-
-@pytest.fixture(scope="module")
-def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return save_tiny_model(tmp_path_factory.mktemp("model") / "tiny.pt")
-
-
-def new_client(model: Path) -> WorkerClient:
-    return WorkerClient(options=["--device", "cpu", "--threads", "1", "--model", str(model)])
 
 
 def kill_worker(client: WorkerClient) -> None:
@@ -59,10 +50,10 @@ def alive(pid: int) -> bool:
 
 
 @pytest.mark.skipif(os.name == "nt", reason="process groups are killed by their number")
-def test_kill_the_worker_at_random_moments(scene, model, tmp_path, monkeypatch):
+def test_kill_the_worker_at_random_moments(scene, tiny_model, tmp_path, monkeypatch):
     monkeypatch.setenv("TMPDIR", str(tmp_path))
     monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
-    client, messages = new_client(model), []
+    client, messages = tiny_client(tiny_model), []
     logic = UAELandmarkLogic(scene, client, onMessage=messages.append)
     template, query = add_scan(scene, "CT"), add_scan(scene, "MR")
     points = add_points(scene, "Targets", (SPINE, LIVER))
@@ -93,8 +84,8 @@ def test_kill_the_worker_at_random_moments(scene, model, tmp_path, monkeypatch):
     assert list(tmp_path.iterdir()) == []
 
 
-def test_kill_while_preparing_is_an_error_and_the_next_try_works(scene, model):
-    client = new_client(model)
+def test_kill_while_preparing_is_an_error_and_the_next_try_works(scene, tiny_model):
+    client = tiny_client(tiny_model)
     logic = UAELandmarkLogic(scene, client)
     template, query = add_scan(scene, "CT"), add_scan(scene, "MR", seed=3)
     errors: list[UAEError] = []
@@ -108,8 +99,8 @@ def test_kill_while_preparing_is_an_error_and_the_next_try_works(scene, model):
     client.close()
 
 
-def test_cancel_of_prepare_is_told_and_the_next_try_works(scene, model):
-    client = new_client(model)
+def test_cancel_of_prepare_is_told_and_the_next_try_works(scene, tiny_model):
+    client = tiny_client(tiny_model)
     logic = UAELandmarkLogic(scene, client)
     template, query = add_scan(scene, "CT"), add_scan(scene, "MR", seed=4)
     errors: list[UAEError] = []

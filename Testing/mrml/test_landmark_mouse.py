@@ -7,19 +7,17 @@ import pytest
 
 pytest.importorskip("slicer")
 
-from landmark_cases import CELL_MM, LIVER, SPINE, add_points, add_scan, linear_parent, rigid, save_tiny_model, world_of
+from landmark_cases import CELL_MM, LIVER, SPINE, add_points, add_scan, linear_parent, rigid, tiny_client, world_of
 
 from UAECommonLib.mrml import flip_points
-from UAECommonLib.worker_client import WorkerClient
 from UAELandmarkLib import views
 from UAELandmarkLib.logic import UAELandmarkLogic
 
 TIMEOUT_S = 240.0
 
 
-def test_clicks_drag_and_the_jump_of_the_querys_view(headless, scene, slice_view, tmp_path):
-    model = save_tiny_model(tmp_path / "tiny.pt")
-    client = WorkerClient(options=["--device", "cpu", "--threads", "1", "--model", str(model)])
+def test_clicks_drag_and_the_jump_of_the_querys_view(headless, scene, slice_view, tiny_model):
+    client = tiny_client(tiny_model)
     template, query = add_scan(scene, "CT"), add_scan(scene, "MR")
     to_world = rigid((10, -20, 15), (40, 10, -30))
     linear_parent(scene, to_world, query)

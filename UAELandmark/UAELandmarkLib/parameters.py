@@ -9,6 +9,8 @@ from slicer.i18n import tr as _
 from slicer.parameterNodeWrapper import parameterNodeWrapper
 from slicer.ScriptedLoadableModule import ScriptedLoadableModuleLogic
 
+from UAECommonLib.modality import Modality
+
 __all__ = ["Method", "Modality", "UAELandmarkParameterNode", "getParameterNode"]
 
 MODULE = "UAELandmark"
@@ -30,18 +32,6 @@ class Method(enum.Enum):
             Method.FIXED_POINT: _("Fixed points (free search)"),
             Method.NEAREST: _("Nearest neighbour (quickest)"),
         }[self]
-
-
-class Modality(enum.Enum):
-    """What a scan is."""
-
-    AUTO = "auto"
-    CT = "ct"
-    MR = "mr"
-
-    def label(self) -> str:
-        """Text of the selector."""
-        return {Modality.AUTO: _("Automatic"), Modality.CT: _("CT"), Modality.MR: _("MR")}[self]
 
 
 @parameterNodeWrapper

@@ -19,7 +19,7 @@ from typing import Any
 from uae.errors import CancelledError, InputError, UAEError
 from UAECommonLib import result_nodes
 from UAECommonLib.errors import SceneChangedError, UnsuitableNodeError
-from UAECommonLib.modality import dicom_modality, guess_modality
+from UAECommonLib.modality import Modality, dicom_modality, guess_modality
 from UAECommonLib.mrml import array_of, fingerprint, parent_chain, same_fingerprint, write_roi_mask, write_volume
 from UAECommonLib.process import Runner, make_runner
 from UAECommonLib.worker_client import error_of
@@ -30,7 +30,7 @@ logger = logging.getLogger(__name__)
 
 PRESETS: dict[str, tuple[str, ...]] = {"rigid": (), "affine": ("--affine",), "deformable": ("--deformable",)}
 """Options of `uae register` by preset. rigid: planning, the default; deformable: contour support, not dose."""
-MODALITIES = ("auto", "ct", "mr")
+MODALITIES = tuple(modality.value for modality in Modality)
 FOLDER_PREFIX = "uae-register-"
 GPU_PROBLEMS = ("is not here", "out of memory")
 """Words of the core's errors after which the CPU is tried."""

@@ -9,6 +9,8 @@ from slicer.i18n import tr as _
 from slicer.parameterNodeWrapper import parameterNodeWrapper
 from slicer.ScriptedLoadableModule import ScriptedLoadableModuleLogic
 
+from UAECommonLib.modality import Modality
+
 __all__ = ["Modality", "Preset", "UAERegistrationParameterNode", "getParameterNode"]
 
 MODULE = "UAERegistration"
@@ -28,18 +30,6 @@ class Preset(enum.Enum):
             Preset.AFFINE: _("Affine"),
             Preset.DEFORMABLE: _("Rigid + deformable (contour support, not dose)"),
         }[self]
-
-
-class Modality(enum.Enum):
-    """What a scan is; the values are those of logic.MODALITIES."""
-
-    AUTO = "auto"
-    CT = "ct"
-    MR = "mr"
-
-    def label(self) -> str:
-        """Text of the selector."""
-        return {Modality.AUTO: _("Automatic"), Modality.CT: _("CT"), Modality.MR: _("MR")}[self]
 
 
 @parameterNodeWrapper

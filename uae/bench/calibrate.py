@@ -171,7 +171,7 @@ def fit_registration(
     # First the pairs without overlap, all of them; then the wrong ones down to the tolerated share.
     surely_related = fit_box(right, apart, start=Box(LEAST["review"]))
     review = fit_box(right, wrong, math.floor(wrong_in_review * len(wrong)), start=surely_related)
-    start = fit_box(right, right[:0], start=review).tightened(LEAST["accepted"])
+    start = review.tightened(LEAST["accepted"])
     accepted = fit_box(right, np.concatenate([wrong, apart, others]), start=start)
     limits = {"accepted": accepted.as_limits(), "review": review.as_limits()}
     sizes = [case["registration"]["features"].get(SIZE) for case in cases if case["registration"]["features"]]

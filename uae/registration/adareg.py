@@ -208,18 +208,12 @@ def _affine(rigid: Rigid, source: np.ndarray, target: np.ndarray) -> Affine:
     return affine
 
 
-def _masked(embedding: Embedding, mask: Volume | None) -> Embedding:
-    """The embedding with its body cut to a mask image > 0, so that nothing outside is searched or found."""
+def _masked(embedding: Embedding, mask: Volume | None) -> tuple[Embedding, np.ndarray]:
+    """The embedding with its body cut to a mask image > 0, and where that and the scan are (bool, fine grid)."""
     if mask is None:
-        return embedding
-    return replace(embedding, body=embedding.body & _region(embedding, mask), _search=None)
-
-
-def _region(embedding: Embedding, mask: Volume | None) -> np.ndarray:
-    """Bool, fine grid: inside the scan and the mask image > 0."""
-    if mask is None:
-        return embedding.valid
-    return embedding.valid & inside(mask, embedding.fine_geometry.grid_points_mm()).reshape(embedding.valid.shape)
+        return embedding, embedding.valid
+    region = embedding.valid & inside(mask, embedding.fine_geometry.grid_points_mm()).reshape(embedding.valid.shape)
+    return replace(embedding, body=embedding.body & region, _search=None), region
 
 
 def estimate(
@@ -261,8 +255,9 @@ def estimate(
         CancelledError: the user stopped.
     """
     rng = np.random.default_rng(seed)
-    masks = {"fixed": fixed_mask, "moving": moving_mask}
-    scans = {"fixed": _masked(fixed, fixed_mask), "moving": _masked(moving, moving_mask)}
+    scans, regions = {}, {}
+    for name, embedding, mask in (("fixed", fixed, fixed_mask), ("moving", moving, moving_mask)):
+        scans[name], regions[name] = _masked(embedding, mask)
     bodies = {name: body_points(scan) for name, scan in scans.items()}
     for name, points in bodies.items():
         if not len(points):
@@ -295,9 +290,7 @@ def estimate(
     try:
         winner = ransac(a[fit], b[fit], tolerance_mm=TOLERANCE_MM, seed=seed)
         shown = queries[~held_out(queries)]
-        chosen = best_hypothesis(
-            source, target, a[fit], b[fit], shown, earlier, _region(target, masks[other]), seed, cancel
-        )
+        chosen = best_hypothesis(source, target, a[fit], b[fit], shown, earlier, regions[other], seed, cancel)
     except NoConfidentResultError as error:
         result.reason = f"{error}{_NEXT_STEP}"
         return result
