@@ -11,6 +11,8 @@ from uae.deeds.mind import NEUTRAL_WORD, popcount
 from uae.deeds.presets import Level, Preset
 
 _CHUNK_COMPARISONS = 50_000_000
+BLOCK_MB = 200.0
+"""Search window of one direction that is copied at once: a whole pair of six million voxels at reach 40."""
 
 
 @dataclass(frozen=True)
@@ -79,13 +81,15 @@ def data_cost(
     preset: Preset,
     *,
     backend: str = "auto",
+    block_mb: float = BLOCK_MB,
+    out: np.ndarray | None = None,
     work: Work | None = None,
 ) -> np.ndarray:
     """Cost of every displacement at every control point (deedsBCV: 0.5 step / (alpha quantisation) mean Hamming).
 
     Args:
         fixed: (Z, Y, X) uint64 words.
-            A fixed voxel with the neutral word costs nothing anywhere: it is not known. (Were it compared,
+            With neutral borders a fixed voxel with the neutral word costs nothing: it is not known. (Were it compared,
             neutral to neutral would cost least, and the rim of the field of view would be drawn outwards: the TRE of
             a phantom CT-MR pair ended at 9.6 mm and at 4.1 mm without it, our measurement.)
         moving: words of the same shape, searched.
@@ -93,6 +97,8 @@ def data_cost(
         level: search radius and quantisation.
         preset: alpha, sampling and border.
         backend: 'auto', 'numba' or 'numpy'; the results are equal to the last bit.
+        block_mb: bound on the search window that is copied at once, MB; smaller blocks take a little longer.
+        out: flat float32 memory of at least nodes * labels values to use again.
         work: told about finished comparisons, and asked whether to stop.
 
     Returns:
@@ -101,9 +107,47 @@ def data_cost(
     work = work or Work()
     samples = block_samples(grid.step, preset.sampling)
     scale = np.float32(cost_scale(level, preset) / len(samples))
-    window = _search_window(moving, grid, level.reach, preset.border)
+    if out is None:
+        out = np.empty(grid.nodes * level.labels, np.float32)
+    cost = out[: grid.nodes * level.labels].reshape(grid.nodes, level.labels)
     function = _rows_numba if resolve_backend(backend) == "numba" else _labels_numpy
-    return function(grid.crop(fixed), window, grid, level, samples, scale, work)
+    nz, ny, nx = grid.counts
+    planes = _planes_per_block(grid, level, block_mb)
+    for first in range(0, nz, planes):
+        last = min(first + planes, nz)
+        block = _Block(grid, level, samples, first, last, preset.border == "neutral")
+        function(fixed, moving, block, scale, cost[first * ny * nx : last * ny * nx], work)
+    return cost
+
+
+@dataclass(frozen=True)
+class _Block:
+    """The planes first..last-1 of a control grid, whose costs are computed at once."""
+
+    grid: ControlGrid
+    level: Level
+    samples: np.ndarray
+    first: int
+    last: int
+    neutral: bool
+
+    @property
+    def counts(self) -> tuple[int, int, int]:
+        """Control points along z, y, x."""
+        return (self.last - self.first, *self.grid.counts[1:])
+
+    @property
+    def offset(self) -> tuple[int, int, int]:
+        """First voxel of the first block along z, y, x."""
+        z, y, x = self.grid.offset
+        return z + self.first * self.grid.step, y, x
+
+
+def _planes_per_block(grid: ControlGrid, level: Level, block_mb: float) -> int:
+    """Control planes whose search window fits into `block_mb`; at least one."""
+    _, ny, nx = grid.counts
+    plane = 8.0 * (ny * grid.step + 2 * level.reach) * (nx * grid.step + 2 * level.reach)
+    return max(1, int((block_mb * 1e6 / plane - 2 * level.reach) // grid.step))
 
 
 def cost_scale(level: Level, preset: Preset) -> float:
@@ -111,67 +155,55 @@ def cost_scale(level: Level, preset: Preset) -> float:
     return 0.5 * level.step / (preset.alpha * level.quantisation)
 
 
-def _search_window(moving: np.ndarray, grid: ControlGrid, reach: int, border: str) -> np.ndarray:
+def _rows_numba(
+    fixed: np.ndarray, moving: np.ndarray, block: _Block, scale: np.float32, cost: np.ndarray, work: Work
+) -> None:
+    """Compiled version, a few grid rows at a time."""
+    kernels = numba_kernels()
+    step, reach = block.grid.step, block.level.reach
+    nz, ny, nx = block.counts
+    z0, y0, x0 = block.offset
+    width = -(-nx // kernels.NODES) * kernels.NODES
+    here = np.empty((nz * step, ny * step, step, width), np.uint64)
+    # A fixed voxel without a word of its own must cost nothing; with replicated borders there is none.
+    mask = np.empty(here.shape if block.neutral and (fixed == NEUTRAL_WORD).any() else (0,) * 4, np.uint64)
+    kernels.unfold(fixed, z0, y0, x0, False, NEUTRAL_WORD, here, mask)
+    work.check()
+    wide = width + -(-2 * reach // step) + 1
+    there = np.empty((nz * step + 2 * reach, ny * step + 2 * reach, step, wide), np.uint64)
+    kernels.unfold(
+        moving, z0 - reach, y0 - reach, x0 - reach, not block.neutral, NEUTRAL_WORD, there, np.empty((0,) * 4, np.uint64)
+    )
+    work.check()
+    rows, number = np.unique(block.samples[:, :2], axis=0, return_inverse=True)
+    reads = np.stack([number.ravel(), block.samples[:, 2]], axis=1).astype(np.int64)
+    shifts = np.arange(block.level.side, dtype=np.int64) * block.level.quantisation
+    per_row = nx * block.level.labels * len(reads)
+    chunk = max(1, _CHUNK_COMPARISONS // per_row)
+    for first in range(0, nz * ny, chunk):
+        last = min(first + chunk, nz * ny)
+        kernels.hamming_rows(here, mask, there, rows, reads, shifts, first, last, ny, nx, scale, cost)
+        work.done((last - first) * per_row)
+
+
+def _window(words: np.ndarray, block: _Block, reach: int) -> np.ndarray:
     """Words of all places the blocks can move to; outside the volume neutral or the edge's word."""
-    window = moving
+    window = words
     for axis in range(3):
-        index = np.arange(-reach, grid.counts[axis] * grid.step + reach) + grid.offset[axis]
-        window = np.take(window, np.clip(index, 0, moving.shape[axis] - 1), axis=axis)
-        if border == "neutral":
-            outside = (index < 0) | (index >= moving.shape[axis])
+        index = np.arange(-reach, block.counts[axis] * block.grid.step + reach) + block.offset[axis]
+        window = np.take(window, np.clip(index, 0, words.shape[axis] - 1), axis=axis)
+        if block.neutral:
+            outside = (index < 0) | (index >= words.shape[axis])
             window[(slice(None),) * axis + (outside,)] = NEUTRAL_WORD
     return window
 
 
-def _deinterleave(words: np.ndarray, step: int) -> np.ndarray:
-    """(Z, Y, X) -> (Z, Y, step, ceil(X / step)): x = step * c + s goes to [s, c]."""
-    nz, ny, nx = words.shape
-    columns = -(-nx // step)
-    padded = np.zeros((nz, ny, columns * step), np.uint64)
-    padded[..., :nx] = words
-    return np.ascontiguousarray(padded.reshape(nz, ny, columns, step).swapaxes(2, 3))
-
-
-def _rows_numba(
-    fixed: np.ndarray,
-    window: np.ndarray,
-    grid: ControlGrid,
-    level: Level,
-    samples: np.ndarray,
-    scale: np.float32,
-    work: Work,
-) -> np.ndarray:
-    """Compiled version, a few grid rows at a time."""
-    kernels = numba_kernels()
-    all_bits = np.uint64(0xFFFFFFFFFFFFFFFF)
-    counted = _deinterleave(np.where(fixed == NEUTRAL_WORD, np.uint64(0), all_bits), grid.step)
-    fixed = _deinterleave(fixed, grid.step)
-    window = _deinterleave(window, grid.step)
-    shifts = np.arange(level.side, dtype=np.int64) * level.quantisation
-    cost = np.empty((grid.nodes, level.labels), np.float32)
-    rows = grid.counts[0] * grid.counts[1]
-    per_row = grid.counts[2] * level.labels * len(samples)
-    chunk = max(1, _CHUNK_COMPARISONS // per_row)
-    for first in range(0, rows, chunk):
-        last = min(first + chunk, rows)
-        kernels.hamming_rows(
-            fixed, counted, window, samples, shifts, grid.step, first, last, grid.counts[1], scale, cost
-        )
-        work.done((last - first) * per_row)
-    return cost
-
-
 def _labels_numpy(
-    fixed: np.ndarray,
-    window: np.ndarray,
-    grid: ControlGrid,
-    level: Level,
-    samples: np.ndarray,
-    scale: np.float32,
-    work: Work,
-) -> np.ndarray:
+    fixed: np.ndarray, moving: np.ndarray, block: _Block, scale: np.float32, cost: np.ndarray, work: Work
+) -> None:
     """The same with numpy, one label at a time over all blocks."""
-    step = grid.step
+    level, samples, step = block.level, block.samples, block.grid.step
+    window = _window(moving, block, level.reach)
     strides = [np.unique(samples[:, axis]) for axis in range(3)]
     pitch = [int(values[1] - values[0]) if len(values) > 1 else step for values in strides]
     # The samples are a lattice, or a checkerboard on it: words that are not sampled are masked before they are counted.
@@ -181,17 +213,15 @@ def _labels_numpy(
     keep = np.where(used, np.uint64(0xFFFFFFFFFFFFFFFF), np.uint64(0))[None, :, None, :, None, :]
 
     def lattice(words: np.ndarray) -> np.ndarray:
-        nz, ny, nx = grid.counts
+        nz, ny, nx = block.counts
         return words.reshape(nz, step, ny, step, nx, step)[:, :: pitch[0], :, :: pitch[1], :, :: pitch[2]]
 
-    here = np.ascontiguousarray(lattice(fixed))
-    counted = np.where(here == NEUTRAL_WORD, np.uint64(0), keep)
-    size = [count * step for count in grid.counts]
-    cost = np.empty((grid.nodes, level.labels), np.float32)
+    here = np.ascontiguousarray(lattice(_window(fixed, block, 0)))
+    counted = np.where(here == NEUTRAL_WORD, np.uint64(0), keep) if block.neutral else keep
+    size = [count * step for count in block.counts]
     for label, shift in enumerate(np.ndindex(level.side, level.side, level.side)):
         begin = [value * level.quantisation for value in shift]
         there = lattice(window[tuple(slice(b, b + n) for b, n in zip(begin, size))])
         total = popcount((here ^ there) & counted).sum(axis=(1, 3, 5), dtype=np.uint32)
         cost[:, label] = total.ravel().astype(np.float32) * scale
-        work.done(grid.nodes * len(samples))
-    return cost
+        work.done(len(cost) * len(samples))

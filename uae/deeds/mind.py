@@ -33,7 +33,7 @@ _CHANNELS = (
 )
 # exp(-value) is compared with (c + 1.5) / 6 without computing it.
 _THRESHOLDS = np.array([-np.log((c + 1.5) / 6.0) for c in range(5)], dtype=np.float32)
-_SLAB_VOXELS = 2_000_000
+_SLAB_VOXELS = 1_000_000
 
 
 def mind_ssc(
@@ -74,7 +74,7 @@ def _slab_numba(image: np.ndarray, q: int, first: int, last: int, words: np.ndar
     # Channels are read up to q planes below, never above.
     low = max(first - q, 0)
     box = np.empty((len(_PAIRS), last - low, *image.shape[1:]), np.float32)
-    squares = np.empty((last - low + 2 * q, *image.shape[1:]), np.float32)
+    squares = np.empty((2 * q + 1, *image.shape[1:]), np.float32)
     for pair, offset in enumerate(_PAIRS):
         kernels.ssd_planes(image, *(q * value for value in offset), q, low, last, squares, box[pair])
     pairs = np.array([pair for pair, _ in _CHANNELS])
@@ -97,11 +97,12 @@ def _slab_numpy(image: np.ndarray, q: int, first: int, last: int, words: np.ndar
     noise /= np.float32(CHANNELS)
     np.maximum(noise, np.float32(1e-6), out=noise)
     slab = np.zeros(shape, np.uint64)
+    # value / noise < threshold, without the division
+    limits = [threshold * noise for threshold in _THRESHOLDS]
     for number, channel in enumerate(channels):
-        channel /= noise
         level = np.zeros(shape, np.uint64)
-        for threshold in _THRESHOLDS:
-            level += threshold > channel
+        for limit in limits:
+            level += channel < limit
         slab |= ((np.uint64(1) << level) - np.uint64(1)) << np.uint64(5 * number)
     words[first:last] = slab
 

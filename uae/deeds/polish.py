@@ -9,8 +9,8 @@ parabolas and of the field's bending energy is quadratic, so its minimum is one 
 from __future__ import annotations
 
 import numpy as np
-from scipy.sparse import csr_matrix, diags, identity, kron
-from scipy.sparse.linalg import cg
+
+from uae.deeds.backend import Work, numba_kernels, resolve_backend
 
 MIN_CURVATURE = 1e-3
 """Least curvature of a data parabola: a control point without texture follows its neighbours."""
@@ -18,42 +18,94 @@ _TOLERANCE = 1e-3
 _MAX_ROUNDS = 100
 
 
-def bending_operator(counts: tuple[int, int, int]) -> csr_matrix:
-    """(N, N) matrix B with u^T B u = the sum of squared discrete Laplacians of u over a control grid.
+class Bending:
+    """The operator B with u^T B u = the sum of squared discrete Laplacians of u over a control grid.
 
     Second differences leave linear fields alone; first differences would shrink every displacement that grows.
+
+    Args:
+        counts: control points along z, y, x.
+        backend: 'auto', 'numba' or 'numpy'; the results are equal.
     """
-    laplacian = csr_matrix((int(np.prod(counts)),) * 2)
-    for axis, size in enumerate(counts):
-        difference = diags([-np.ones(size - 1), np.ones(size - 1)], [0, 1], shape=(size - 1, size))
-        parts = [identity(n) for n in counts]
-        parts[axis] = difference.T @ difference
-        laplacian = laplacian + kron(kron(parts[0], parts[1]), parts[2])
-    return (laplacian.T @ laplacian).tocsr()
+
+    def __init__(self, counts: tuple[int, int, int], backend: str = "auto") -> None:
+        self._numba = resolve_backend(backend) == "numba"
+        self._between = np.empty(counts)
+        self._out = np.empty(counts)
+        degree = np.zeros(counts)
+        for axis, size in enumerate(counts):
+            shape = [1, 1, 1]
+            shape[axis] = size
+            degree += np.where(np.isin(np.arange(size), (0, size - 1)), 1.0, 2.0).reshape(shape)
+        self.diagonal = degree * degree + degree
+
+    def __call__(self, values: np.ndarray) -> np.ndarray:
+        """B u of (nz, ny, nx) values; the array is used again by the next call."""
+        self._laplacian(values, self._between)
+        self._laplacian(self._between, self._out)
+        return self._out
+
+    def _laplacian(self, values: np.ndarray, out: np.ndarray) -> None:
+        if self._numba:
+            numba_kernels().laplacian(values, out)
+            return
+        out[:] = 0.0
+        for axis in range(3):
+            difference = np.diff(values, axis=axis)
+            np.moveaxis(out, axis, 0)[:-1] -= np.moveaxis(difference, axis, 0)
+            np.moveaxis(out, axis, 0)[1:] += np.moveaxis(difference, axis, 0)
 
 
-def polish(cost: np.ndarray, displacement: np.ndarray, bending: csr_matrix, weight: float) -> np.ndarray:
+def polish(
+    cost: np.ndarray, displacement: np.ndarray, bending: Bending, weight: float, work: Work | None = None
+) -> np.ndarray:
     """Displacement at the minimum of parabolic data cost plus weight * bending energy.
 
     Args:
         cost: (N, 27) data cost of the displacements -1, 0, 1 voxel around the present one.
         displacement: (3, nz, ny, nx) present displacement in voxels.
-        bending: operator of `bending_operator`.
+        bending: operator of the control grid.
         weight: of the bending energy, per control point.
+        work: asked whether to stop.
 
     Returns:
         (3, nz, ny, nx) voxels. A data parabola alone moves a control point by at most one voxel.
     """
-    cube = cost.reshape(-1, 3, 3, 3).astype(np.float64)
-    middle = cube[:, 1, 1, 1]
+    shape = displacement.shape[1:]
+    cube = cost.reshape(*shape, 3, 3, 3).astype(np.float64)
+    middle = cube[..., 1, 1, 1]
     out = np.empty_like(displacement)
     for axis in range(3):
-        below, above = (np.take(cube, end, axis + 1)[:, 1, 1] for end in (0, 2))
+        below, above = (np.take(cube, end, axis + 3)[..., 1, 1] for end in (0, 2))
         curvature = np.maximum(above + below - 2 * middle, MIN_CURVATURE)
         slope = np.clip((above - below) / 2, -curvature, curvature)
-        present = displacement[axis].ravel()
-        matrix = diags(curvature) + 2 * weight * bending
-        right = -slope - 2 * weight * (bending @ present)
-        step, _ = cg(matrix, right, rtol=_TOLERANCE, maxiter=_MAX_ROUNDS, M=diags(1.0 / matrix.diagonal()))
-        out[axis] = (present + step).reshape(displacement.shape[1:])
+        present = np.ascontiguousarray(displacement[axis], dtype=np.float64)
+        right = -slope - 2 * weight * bending(present)
+        out[axis] = present + _solve(curvature, bending, 2 * weight, right, work)
     return out
+
+
+def _solve(curvature: np.ndarray, bending: Bending, weight: float, right: np.ndarray, work: Work | None) -> np.ndarray:
+    """u of (curvature + weight B) u = right by conjugate gradients, preconditioned by the diagonal."""
+    inverse_diagonal = 1.0 / (curvature + weight * bending.diagonal)
+    solution = np.zeros_like(right)
+    residual = right.copy()
+    limit = _TOLERANCE * float(np.sqrt(np.vdot(right, right)))
+    step = inverse_diagonal * residual
+    product = float(np.vdot(residual, step))
+    for _ in range(_MAX_ROUNDS):
+        if float(np.sqrt(np.vdot(residual, residual))) <= limit:
+            break
+        if work is not None:
+            work.check()
+        image = curvature * step
+        image += weight * bending(step)
+        length = product / float(np.vdot(step, image))
+        solution += length * step
+        residual -= length * image
+        conditioned = inverse_diagonal * residual
+        following = float(np.vdot(residual, conditioned))
+        step *= following / product
+        step += conditioned
+        product = following
+    return solution

@@ -6,7 +6,7 @@ import logging
 import time
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass, field
-from functools import partial
+from functools import cached_property, partial
 
 import numpy as np
 
@@ -15,7 +15,7 @@ from uae.deeds.backend import Work, resolve_backend
 from uae.deeds.cost import ControlGrid, block_samples, cost_scale, data_cost
 from uae.deeds.inputs import Image, check_overlap, out_of_memory, prepare, usable_levels, working_grid
 from uae.deeds.mind import mind_ssc
-from uae.deeds.polish import bending_operator, polish
+from uae.deeds.polish import Bending, polish
 from uae.deeds.presets import Level, Preset, find_preset
 from uae.deeds.tree import build_tree, propagate
 from uae.progress import Cancel, Progress, check_cancel, report
@@ -34,7 +34,6 @@ class DeedsResult:
 
     Attributes:
         field: u on the working grid, LPS mm, not tapered: beyond the grid nothing is known.
-        inverse: the field v with (x + v(x)) + u(x + v(x)) = x on the same grid, u continued beyond its border.
         levels: for each level step, radius, quantisation, control_points, and for both directions energy (least energy
             a control point), hamming (mean Hamming distance 0..60 before the level's search), folding (share of control
             points with a Jacobian <= 0 after the merge), seconds.
@@ -44,11 +43,11 @@ class DeedsResult:
         preset: name of the preset.
         backend: 'numba' or 'numpy'.
         overlap: share of the fixed image's valid voxels with a valid place in the moving image at the end.
-        consistency_mm: mean of |v(x) - v_solver(x)|: how far the solver's own backward field is from the inverse.
+        consistency_mm: mean of |v(x) + u(x + v(x))| of the solver's own backward field v: how far the two directions
+            are from being inverses.
     """
 
     field: DisplacementField
-    inverse: DisplacementField
     levels: list[dict]
     jacobian: dict[str, float]
     seconds: dict[str, float]
@@ -57,15 +56,25 @@ class DeedsResult:
     overlap: float
     consistency_mm: float
 
+    @cached_property
+    def inverse(self) -> DisplacementField:
+        """The field v with (x + v(x)) + u(x + v(x)) = x on the same grid, u continued beyond its border."""
+        forward = _to_voxels(self.field)
+        spacing = float(self.field.geometry.spacing[0])
+        tolerance = INVERSE_TOLERANCE_MM / spacing
+        inverse = fields.invert(forward, -forward, tolerance=tolerance, backend=self.backend)
+        return DisplacementField(_to_mm(inverse, spacing), self.field.geometry)
+
 
 @dataclass
 class _Direction:
-    """One of the two searches: `base` stays, `other` is warped and searched."""
+    """One of the two searches: `base` stays, `other` is warped and searched; `memory` holds every level's costs."""
 
     base: Image
     other: Image
     words: dict[int, np.ndarray] = field(default_factory=dict)
     displacement: np.ndarray | None = None
+    memory: np.ndarray | None = None
 
     def descriptors(self, q: int, solver: _Solver) -> np.ndarray:
         """Words of the base image; only those of the last q are kept."""
@@ -110,6 +119,10 @@ class _Solver:
     def run(self) -> tuple[np.ndarray, np.ndarray]:
         """Solve all levels; dense forward and backward displacement (3, Z, Y, X) float32 in voxels."""
         previous: ControlGrid | None = None
+        # Fresh memory costs a page fault every 4 KB: the costs of all levels share what the largest one needs.
+        for direction in self.directions:
+            shared = self.threads == 1 and direction is not self.directions[0]
+            direction.memory = self.directions[0].memory if shared else np.empty(self._largest_cost(), np.float32)
         for number, level in enumerate(self.levels):
             started = time.perf_counter()
             grid = ControlGrid.over(self.shape, level.step, self.preset.alignment)
@@ -117,14 +130,14 @@ class _Solver:
                 if previous is None:
                     direction.displacement = np.zeros((3, *grid.counts))
                 else:
-                    direction.displacement = fields.transfer(direction.displacement, previous, grid)
+                    direction.displacement = fields.transfer(direction.displacement, previous, grid, self.backend)
             stage = f"deeds level {number + 1}/{len(self.levels)}"
             tasks = [partial(self._search, direction, grid, level, number > 0) for direction in self.directions]
             found = self._both(tasks, stage, 2 * self._units(grid, level))
-            merged = fields.merge(found[0][0], found[1][0], grid.step)
+            merged = fields.merge(found[0][0], found[1][0], grid.step, backend=self.backend)
             for direction, displacement in zip(self.directions, merged):
                 direction.displacement = displacement
-            folded = [float(np.mean(fields.jacobian_determinant(one, grid.step) <= 0)) for one in merged]
+            folded = [float(np.mean(fields.jacobian_determinant(one, grid.step, self.backend) <= 0)) for one in merged]
             self.reports.append(
                 {
                     "step": level.step,
@@ -148,25 +161,32 @@ class _Solver:
             previous = grid
         for number in range(self.preset.polish):
             self._polish(previous, f"deeds polish {number + 1}/{self.preset.polish}")
-        dense = [fields.transfer(one.displacement.astype(np.float32), previous, None) for one in self.directions]
+        for direction in self.directions:
+            direction.words, direction.memory = {}, None
+        dense = [fields.transfer(one.displacement, previous, None, self.backend) for one in self.directions]
         return dense[0], dense[1]
 
     def _polish(self, grid: ControlGrid, stage: str) -> None:
         """One sub-voxel round of both directions on the last control grid."""
         level = Level(grid.step, 1, 1)
-        bending = bending_operator(grid.counts)
 
         def task(direction: _Direction) -> tuple[np.ndarray]:
             cost = self._cost(direction, grid, level, True)
-            self.work.check()
-            return (polish(cost, direction.displacement, bending, self.preset.bending),)
+            bending = Bending(grid.counts, self.backend)
+            return (polish(cost, direction.displacement, bending, self.preset.bending, self.work),)
 
         tasks = [partial(task, direction) for direction in self.directions]
         found = self._both(tasks, stage, 2 * self._units(grid, level))
-        merged = fields.merge(found[0][0], found[1][0], grid.step, order=3)
+        merged = fields.merge(found[0][0], found[1][0], grid.step, cubic=True, backend=self.backend)
         for direction, displacement in zip(self.directions, merged):
             direction.displacement = displacement
         report(self.progress, stage, 1.0)
+
+    def _largest_cost(self) -> int:
+        """Costs of the level that has most."""
+        grids = [ControlGrid.over(self.shape, level.step, self.preset.alignment) for level in self.levels]
+        polished = 27 * grids[-1].nodes if self.preset.polish else 0
+        return max(polished, *(grid.nodes * level.labels for grid, level in zip(grids, self.levels)))
 
     def _units(self, grid: ControlGrid, level: Level) -> float:
         """Work of one direction of a level as the kernels count it."""
@@ -178,11 +198,14 @@ class _Solver:
         self.work.check()
         other, valid = direction.other.values, self.validity(direction.other)
         if warped:
-            dense = fields.transfer(direction.displacement.astype(np.float32), grid, None)
-            other, valid = fields.warp(other, valid, dense, self.work)
+            dense = fields.transfer(direction.displacement, grid, None, self.backend)
+            other, valid = fields.warp(other, valid, dense, self.work, self.backend)
+            del dense
         words = mind_ssc(other, level.mind_step, valid=valid, backend=self.backend, work=self.work)
         base = direction.descriptors(level.mind_step, self)
-        return data_cost(base, words, grid, level, self.preset, backend=self.backend, work=self.work)
+        return data_cost(
+            base, words, grid, level, self.preset, backend=self.backend, out=direction.memory, work=self.work
+        )
 
     def _search(
         self, direction: _Direction, grid: ControlGrid, level: Level, warped: bool
@@ -282,7 +305,7 @@ def register(
         forward, backward = solver.run()
         clock["levels"] = time.perf_counter()
         report(progress, "deeds result", 0.0)
-        result = _finish(grid, images, forward, backward, cancel)
+        result = _finish(grid, images, forward, backward, backend, cancel)
     except MemoryError as error:
         raise out_of_memory(grid.shape) from error
     clock["finish"] = time.perf_counter()
@@ -294,22 +317,20 @@ def register(
 
 
 def _finish(
-    grid: Geometry, images: list[Image], forward: np.ndarray, backward: np.ndarray, cancel: Cancel | None
+    grid: Geometry, images: list[Image], forward: np.ndarray, backward: np.ndarray, backend: str, cancel: Cancel | None
 ) -> dict:
-    """Fields in millimetres, the exact inverse, and the statistics of the result."""
+    """The field in millimetres and the statistics of the result."""
     spacing = float(grid.spacing[0])
     work = _CancelWork(cancel)
-    inverse = fields.invert(forward, backward, tolerance=INVERSE_TOLERANCE_MM / spacing, work=work)
     fixed, moving = images
-    _, reached = fields.warp(moving.values, moving.valid, forward, work)
+    _, reached = fields.warp(moving.values, moving.valid, forward, work, backend)
     body = fixed.valid & reached
-    displacement = DisplacementField(_to_mm(forward, spacing), grid)
     work.check()
-    determinant = displacement.jacobian_determinant()
+    determinant = fields.jacobian_determinant(forward, backend=backend)
+    work.check()
     inside = determinant[body] if body.any() else determinant.ravel()
     return {
-        "field": displacement,
-        "inverse": DisplacementField(_to_mm(inverse, spacing), grid),
+        "field": DisplacementField(_to_mm(forward, spacing), grid),
         "jacobian": {
             "min": float(inside.min()),
             "max": float(inside.max()),
@@ -317,7 +338,7 @@ def _finish(
             "folding_grid": float(np.mean(determinant <= 0)),
         },
         "overlap": float(np.count_nonzero(body) / max(np.count_nonzero(fixed.valid), 1)),
-        "consistency_mm": float(np.mean(np.linalg.norm(inverse - backward, axis=0)) * spacing),
+        "consistency_mm": fields.consistency(forward, backward, backend=backend) * spacing,
     }
 
 
@@ -336,3 +357,9 @@ class _CancelWork(Work):
 def _to_mm(dense: np.ndarray, spacing: float) -> np.ndarray:
     """(3, Z, Y, X) voxels in z, y, x order to (Z, Y, X, 3) millimetres in x, y, z order (identity direction)."""
     return np.ascontiguousarray(np.moveaxis(dense[::-1], 0, -1) * np.float32(spacing), dtype=np.float32)
+
+
+def _to_voxels(field: DisplacementField) -> np.ndarray:
+    """The reverse of `_to_mm`."""
+    spacing = np.float32(field.geometry.spacing[0])
+    return np.ascontiguousarray(np.moveaxis(field.vectors, -1, 0)[::-1] / spacing, dtype=np.float32)
