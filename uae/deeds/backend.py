@@ -7,6 +7,8 @@ import threading
 from functools import lru_cache
 from types import ModuleType
 
+import numpy as np
+
 from uae.errors import CancelledError, InputError
 
 logger = logging.getLogger(__name__)
@@ -16,6 +18,8 @@ logger = logging.getLogger(__name__)
 def numba_kernels() -> ModuleType | None:
     """The compiled kernels, or None (announced once) where numba cannot be imported."""
     try:
+        import numba  # noqa: F401  first, since the kernels' modules may have been imported while it was there
+
         from uae.deeds import kernels
     except ImportError as error:
         logger.warning(
@@ -41,6 +45,21 @@ def resolve_backend(name: str = "auto") -> str:
     if name == "numba":
         raise InputError("numba is not installed; install the extra [fast] or choose the backend auto")
     return "numpy"
+
+
+class Memory:
+    """Arrays by name that one search uses again at every level: fresh memory costs a page fault every 4 KB."""
+
+    def __init__(self) -> None:
+        self._arrays: dict[str, np.ndarray] = {}
+
+    def array(self, name: str, shape: tuple[int, ...], dtype: type) -> np.ndarray:
+        """An uninitialised array of that shape; what an earlier call of the same name gave is overwritten."""
+        size = int(np.prod(shape, dtype=np.int64)) * np.dtype(dtype).itemsize
+        if name not in self._arrays or self._arrays[name].size < size:
+            self._arrays.pop(name, None)  # before the larger one is made
+            self._arrays[name] = np.empty(size, np.uint8)
+        return self._arrays[name][:size].view(dtype).reshape(shape)
 
 
 class Work:

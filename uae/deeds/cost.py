@@ -6,13 +6,13 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from uae.deeds.backend import Work, numba_kernels, resolve_backend
+from uae.deeds.backend import Memory, Work, numba_kernels, resolve_backend
 from uae.deeds.mind import NEUTRAL_WORD, popcount
 from uae.deeds.presets import Level, Preset
 
 _CHUNK_COMPARISONS = 50_000_000
-BLOCK_MB = 200.0
-"""Search window of one direction that is copied at once: a whole pair of six million voxels at reach 40."""
+BLOCK_MB = 80.0
+"""Search window of one direction that is copied at once: half a pair of six million voxels at reach 40."""
 
 
 @dataclass(frozen=True)
@@ -82,7 +82,7 @@ def data_cost(
     *,
     backend: str = "auto",
     block_mb: float = BLOCK_MB,
-    out: np.ndarray | None = None,
+    memory: Memory | None = None,
     work: Work | None = None,
 ) -> np.ndarray:
     """Cost of every displacement at every control point (deedsBCV: 0.5 step / (alpha quantisation) mean Hamming).
@@ -98,7 +98,7 @@ def data_cost(
         preset: alpha, sampling and border.
         backend: 'auto', 'numba' or 'numpy'; the results are equal to the last bit.
         block_mb: bound on the search window that is copied at once, MB; smaller blocks take a little longer.
-        out: flat float32 memory of at least nodes * labels values to use again.
+        memory: where the arrays come from; the result is one of them.
         work: told about finished comparisons, and asked whether to stop.
 
     Returns:
@@ -107,16 +107,15 @@ def data_cost(
     work = work or Work()
     samples = block_samples(grid.step, preset.sampling)
     scale = np.float32(cost_scale(level, preset) / len(samples))
-    if out is None:
-        out = np.empty(grid.nodes * level.labels, np.float32)
-    cost = out[: grid.nodes * level.labels].reshape(grid.nodes, level.labels)
+    memory = memory or Memory()
+    cost = memory.array("cost", (grid.nodes, level.labels), np.float32)
     function = _rows_numba if resolve_backend(backend) == "numba" else _labels_numpy
     nz, ny, nx = grid.counts
     planes = _planes_per_block(grid, level, block_mb)
     for first in range(0, nz, planes):
         last = min(first + planes, nz)
         block = _Block(grid, level, samples, first, last, preset.border == "neutral")
-        function(fixed, moving, block, scale, cost[first * ny * nx : last * ny * nx], work)
+        function(fixed, moving, block, scale, cost[first * ny * nx : last * ny * nx], memory, work)
     return cost
 
 
@@ -156,21 +155,23 @@ def cost_scale(level: Level, preset: Preset) -> float:
 
 
 def _rows_numba(
-    fixed: np.ndarray, moving: np.ndarray, block: _Block, scale: np.float32, cost: np.ndarray, work: Work
-) -> None:
-    """Compiled version, a few grid rows at a time."""
+    fixed: np.ndarray, moving: np.ndarray, block: _Block, scale: np.float32, cost: np.ndarray, memory: Memory,
+    work: Work,
+) -> None:  # fmt: skip
+    """Compiled version, a few pairs of control plane and label at a time."""
     kernels = numba_kernels()
     step, reach = block.grid.step, block.level.reach
     nz, ny, nx = block.counts
     z0, y0, x0 = block.offset
     width = -(-nx // kernels.NODES) * kernels.NODES
-    here = np.empty((nz * step, ny * step, step, width), np.uint64)
+    here = memory.array("here", (nz * step, ny * step, step, width), np.uint64)
     # A fixed voxel without a word of its own must cost nothing; with replicated borders there is none.
-    mask = np.empty(here.shape if block.neutral and (fixed == NEUTRAL_WORD).any() else (0,) * 4, np.uint64)
+    masked = block.neutral and bool((fixed == NEUTRAL_WORD).any())
+    mask = memory.array("mask", here.shape if masked else (0,) * 4, np.uint64)
     kernels.unfold(fixed, z0, y0, x0, False, NEUTRAL_WORD, here, mask)
     work.check()
     wide = width + -(-2 * reach // step) + 1
-    there = np.empty((nz * step + 2 * reach, ny * step + 2 * reach, step, wide), np.uint64)
+    there = memory.array("there", (nz * step + 2 * reach, ny * step + 2 * reach, step, wide), np.uint64)
     kernels.unfold(
         moving, z0 - reach, y0 - reach, x0 - reach, not block.neutral, NEUTRAL_WORD, there, np.empty((0,) * 4, np.uint64)
     )
@@ -178,12 +179,13 @@ def _rows_numba(
     rows, number = np.unique(block.samples[:, :2], axis=0, return_inverse=True)
     reads = np.stack([number.ravel(), block.samples[:, 2]], axis=1).astype(np.int64)
     shifts = np.arange(block.level.side, dtype=np.int64) * block.level.quantisation
-    per_row = nx * block.level.labels * len(reads)
-    chunk = max(1, _CHUNK_COMPARISONS // per_row)
-    for first in range(0, nz * ny, chunk):
-        last = min(first + chunk, nz * ny)
-        kernels.hamming_rows(here, mask, there, rows, reads, shifts, first, last, ny, nx, scale, cost)
-        work.done((last - first) * per_row)
+    pairs = nz * block.level.side
+    per_pair = ny * nx * block.level.side**2 * len(reads)
+    chunk = max(1, _CHUNK_COMPARISONS // per_pair)
+    for first in range(0, pairs, chunk):
+        last = min(first + chunk, pairs)
+        kernels.hamming_planes(here, mask, there, rows, reads, shifts, first, last, ny, nx, scale, cost)
+        work.done((last - first) * per_pair)
 
 
 def _window(words: np.ndarray, block: _Block, reach: int) -> np.ndarray:
@@ -199,8 +201,9 @@ def _window(words: np.ndarray, block: _Block, reach: int) -> np.ndarray:
 
 
 def _labels_numpy(
-    fixed: np.ndarray, moving: np.ndarray, block: _Block, scale: np.float32, cost: np.ndarray, work: Work
-) -> None:
+    fixed: np.ndarray, moving: np.ndarray, block: _Block, scale: np.float32, cost: np.ndarray, memory: Memory,
+    work: Work,
+) -> None:  # fmt: skip
     """The same with numpy, one label at a time over all blocks."""
     level, samples, step = block.level, block.samples, block.grid.step
     window = _window(moving, block, level.reach)

@@ -8,28 +8,31 @@ from concurrent.futures import ThreadPoolExecutor
 import numpy as np
 from scipy import ndimage
 
-from uae.deeds.backend import Work, numba_kernels, resolve_backend
+from uae.deeds.backend import Memory, Work, numba_kernels, resolve_backend
 from uae.deeds.cost import ControlGrid
 
-_SLAB_VOXELS = 1_000_000
+_SLAB_VOXELS = 500_000
 MERGE_ROUNDS = 10
 """Rounds of the consistent mapping (deedsBCV)."""
 _SPLINE_MARGIN = 6
 """A cubic spline forgets its ends by a factor of 3.7 a sample: 6 leave 0.04 %."""
 
 
-def transfer(field: np.ndarray, grid: ControlGrid, target: ControlGrid | None, backend: str = "auto") -> np.ndarray:
+def transfer(
+    field: np.ndarray, grid: ControlGrid, target: ControlGrid | None, backend: str = "auto", planes: slice = slice(None)
+) -> np.ndarray:
     """Carry a control point field (3, *grid.counts) to another control grid, or to all voxels (None), trilinearly.
 
     Between block centres, the outermost value continuing to the border; or, for grids placed as the original does,
-    corner aligned with index * (old count / new count). On all voxels it is float32.
+    corner aligned with index * (old count / new count). On voxels, of which `planes` are computed, it is float32.
     """
     places = [_positions(grid, target, axis) for axis in range(3)]
     if target is None:
+        places[0] = tuple(part[planes] for part in places[0])
         field = np.ascontiguousarray(field, np.float32)
         if resolve_backend(backend) == "numba":
             (low_z, z), (low_y, y), (low_x, x) = [(low, part.astype(np.float32)) for low, part in places]
-            out = np.empty((3, *grid.shape), np.float32)
+            out = np.empty((3, len(low_z), len(low_y), len(low_x)), np.float32)
             numba_kernels().spread(field, low_x, x, low_z, z, low_y, y, out)
             return out
     for axis, (low, fraction) in enumerate(places):
@@ -108,9 +111,9 @@ def _slabs(shape: tuple[int, ...], work: Work | None) -> Iterator[slice]:
 
 
 def _coordinates(slab: slice, dense: np.ndarray) -> np.ndarray:
-    """Voxel coordinates x + u(x) of the planes in `slab`."""
+    """Voxel coordinates x + u(x) of the planes in `slab`, whose displacement (3, planes, Y, X) is given."""
     axes = (np.arange(slab.start, slab.stop), np.arange(dense.shape[2]), np.arange(dense.shape[3]))
-    out = dense[:, slab].astype(np.float64)
+    out = dense.astype(np.float64)
     for axis, values in enumerate(axes):
         shape = [1, 1, 1]
         shape[axis] = len(values)
@@ -119,41 +122,51 @@ def _coordinates(slab: slice, dense: np.ndarray) -> np.ndarray:
 
 
 def warp(
-    image: np.ndarray, valid: np.ndarray | None, dense: np.ndarray, work: Work | None = None, backend: str = "auto"
-) -> tuple[np.ndarray, np.ndarray | None]:
+    image: np.ndarray, valid: np.ndarray | None, field: np.ndarray, grid: ControlGrid | None = None,
+    work: Work | None = None, backend: str = "auto", memory: Memory | None = None,
+) -> tuple[np.ndarray, np.ndarray | None]:  # fmt: skip
     """Image (Z, Y, X) at x + u(x), trilinear, and where that is valid.
 
     Args:
         image: float32.
         valid: bool of the same shape, or None where the whole volume and its replicated border count.
-        dense: (3, Z, Y, X) float32 displacement in voxels.
+        field: displacement in voxels: (3, *grid.counts) of control points, or (3, Z, Y, X) float32 where grid is None.
+        grid: the control points.
         work: asked whether to stop.
         backend: 'auto', 'numba' or 'numpy'; the results are equal to the last bit.
+        memory: where the results come from.
 
     Returns:
         (warped image, warped validity or None). A place outside the volume is not valid.
     """
-    warped = np.empty_like(image)
-    warped_valid = None if valid is None else np.empty(image.shape, bool)
-    if resolve_backend(backend) == "numba":
-        kernels = numba_kernels()
-        none = np.empty((0, 0, 0), bool)
-        for slab in _slabs(image.shape, work):
-            kernels.warp_planes(
-                image, none if valid is None else valid, dense, slab.start, slab.stop, warped,
-                none if valid is None else warped_valid,
-            )  # fmt: skip
-        return warped, warped_valid
-    source = None if valid is None else valid.astype(np.float32)
+    memory = memory or Memory()
+    warped = memory.array("warped", image.shape, np.float32)
+    none = np.empty((0, 0, 0), bool)
+    warped_valid = none if valid is None else memory.array("warped valid", image.shape, bool)
     for slab in _slabs(image.shape, work):
-        coordinates = _coordinates(slab, dense)
-        ndimage.map_coordinates(image, coordinates, output=warped[slab], order=1, mode="nearest")
-        if source is not None:
-            weight = ndimage.map_coordinates(source, coordinates, order=1, mode="nearest")
-            for axis, size in enumerate(image.shape):
-                weight[(coordinates[axis] < -0.5) | (coordinates[axis] > size - 0.5)] = 0.0
-            warped_valid[slab] = weight > 0.5
-    return warped, warped_valid
+        dense = field[:, slab] if grid is None else transfer(field, grid, None, backend, slab)
+        if resolve_backend(backend) == "numba":
+            dense = np.ascontiguousarray(dense, np.float32)
+            given = none if valid is None else valid
+            numba_kernels().warp_planes(image, given, dense, slab.start, slab.stop, warped, warped_valid)
+        else:
+            _warp_numpy(image, valid, dense, slab, warped, warped_valid)
+    return warped, None if valid is None else warped_valid
+
+
+def _warp_numpy(
+    image: np.ndarray, valid: np.ndarray | None, dense: np.ndarray, slab: slice, warped: np.ndarray,
+    warped_valid: np.ndarray,
+) -> None:  # fmt: skip
+    """The planes of one slab."""
+    coordinates = _coordinates(slab, dense)
+    ndimage.map_coordinates(image, coordinates, output=warped[slab], order=1, mode="nearest")
+    if valid is None:
+        return
+    weight = ndimage.map_coordinates(valid.astype(np.float32), coordinates, order=1, mode="nearest")
+    for axis, size in enumerate(image.shape):
+        weight[(coordinates[axis] < -0.5) | (coordinates[axis] > size - 0.5)] = 0.0
+    warped_valid[slab] = weight > 0.5
 
 
 def invert(
@@ -180,7 +193,7 @@ def invert(
         return inverse
     for slab in _slabs(dense.shape[1:], work):
         values = inverse[:, slab].reshape(3, -1).astype(np.float64)
-        home = _coordinates(slab, np.broadcast_to(np.float32(0), dense.shape)).reshape(3, -1)
+        home = _coordinates(slab, np.zeros_like(dense[:, slab])).reshape(3, -1)
         active = np.arange(values.shape[1])
         for _ in range(rounds):
             update = -_sample(dense, home[:, active] + values[:, active], backend="numpy")

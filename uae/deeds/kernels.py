@@ -6,7 +6,7 @@ registration can be cancelled between chunks.
 
 from __future__ import annotations
 
-from uae.deeds.kernels_cost import hamming_rows, unfold
+from uae.deeds.kernels_cost import hamming_planes, unfold
 from uae.deeds.kernels_fields import (
     consistency,
     invert_planes,
@@ -17,10 +17,10 @@ from uae.deeds.kernels_fields import (
     warp_planes,
 )
 from uae.deeds.kernels_mind import mind_words, ssd_planes
-from uae.deeds.kernels_tree import choose_labels, send_messages
+from uae.deeds.kernels_tree import block_differences, choose_labels, depths, send_messages
 from uae.deeds.vector import NODES
 
 __all__ = [
-    "NODES", "choose_labels", "consistency", "hamming_rows", "invert_planes", "jacobian_planes", "laplacian",
+    "NODES", "block_differences", "choose_labels", "consistency", "depths", "hamming_planes", "invert_planes", "jacobian_planes", "laplacian",
     "mind_words",    "sample", "send_messages", "spread", "ssd_planes", "unfold", "warp_planes",
 ]  # fmt: skip

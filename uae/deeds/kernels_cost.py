@@ -74,11 +74,14 @@ def _any_and_all(mask: np.ndarray, fixed_at: np.ndarray, node: int, count: int) 
 
 
 @compile_kernel
-def hamming_rows(
+def hamming_planes(
     fixed: np.ndarray, mask: np.ndarray, moving: np.ndarray, rows: np.ndarray, reads: np.ndarray, shifts: np.ndarray,
     first: int, last: int, counts_y: int, counts_x: int, scale: np.float32, out: np.ndarray,
 ) -> None:  # fmt: skip
-    """Data cost of the control points in the grid rows first..last-1, all labels.
+    """Data cost for the pairs first..last-1 of a plane of control points and a label along z.
+
+    All rows of the plane follow each other, since they search the same few planes of the moving words, which then stay
+    in the cache.
 
     Args:
         fixed: (nz step, ny step, step, nodes) uint64 of `unfold`, nodes a multiple of NODES.
@@ -87,12 +90,12 @@ def hamming_rows(
         rows: (K, 2) int64 rows of a block that hold samples: z, y.
         reads: (S, 2) int64 sampled words: number of the row, x.
         shifts: (side,) int64 displacement plus reach of each label of one axis, >= 0.
-        first: first row (z * ny + y of the control grid, z from plane 0 of `fixed` on).
-        last: row after the last one.
+        first: first pair, z * side + label.
+        last: pair after the last one.
         counts_y: ny.
         counts_x: nx.
         scale: factor from summed Hamming distance to cost.
-        out: (rows of the control grid * nx, side^3) float32.
+        out: (nz ny nx, side^3) float32.
     """
     step, width = fixed.shape[2], fixed.shape[3]
     wide = moving.shape[3]
@@ -111,32 +114,33 @@ def hamming_rows(
     words, known, others = fixed.ctypes.data, mask.ctypes.data, moving.ctypes.data
     a, b, c, t = fixed_at.ctypes.data, moving_at.ctypes.data, label_at.ctypes.data, totals.ctypes.data
     flat_mask = mask.reshape(-1)
-    for row in range(first, last):
-        base_z = row // counts_y * step
-        base_y = row % counts_y * step
-        for read in range(count):
-            k = reads[read, 0]
-            place = (base_z + rows[k, 0]) * fixed.shape[1] + base_y + rows[k, 1]
-            fixed_at[read] = (place * step + reads[read, 1]) * width
-        for part in range(width // NODES):
-            some[part], every[part] = True, True
-            if mask.size:
-                left = min(NODES, counts_x - part * NODES)
-                some[part], every[part] = _any_and_all(flat_mask, fixed_at, part * NODES, left)
-        for pair in range(side * side + 1):
-            # The rows of the next pair of labels are fetched while this one is computed: they lie far apart.
-            if pair < side * side:
+    for plane in range(first, last):
+        z, lz = plane // side, plane % side
+        for task in range(counts_y * side + 1):
+            # The words of the next task are fetched while this one is computed: they lie far apart.
+            if task < counts_y * side:
                 for k in range(rows.shape[0]):
-                    z, y = base_z + rows[k, 0] + shifts[pair // side], base_y + rows[k, 1] + shifts[pair % side]
-                    at = (z * moving.shape[1] + y) * step * wide
-                    row_at[pair % 2, k] = at
+                    from_z = z * step + rows[k, 0] + shifts[lz]
+                    from_y = task // side * step + rows[k, 1] + shifts[task % side]
+                    at = (from_z * moving.shape[1] + from_y) * step * wide
+                    row_at[task % 2, k] = at
                     for offset in range(0, 8 * step * wide, _LINE):
                         _prefetch(others + 8 * at + offset)
-            if pair == 0:
+            if task == 0:
                 continue
-            current = pair - 1
+            y, ly = (task - 1) // side, (task - 1) % side
             for read in range(count):
-                moving_at[read] = row_at[current % 2, reads[read, 0]]
+                moving_at[read] = row_at[(task - 1) % 2, reads[read, 0]]
+            if ly == 0:
+                for read in range(count):
+                    k = reads[read, 0]
+                    place = (z * step + rows[k, 0]) * fixed.shape[1] + y * step + rows[k, 1]
+                    fixed_at[read] = (place * step + reads[read, 1]) * width
+                for part in range(width // NODES):
+                    some[part], every[part] = True, True
+                    if mask.size:
+                        left = min(NODES, counts_x - part * NODES)
+                        some[part], every[part] = _any_and_all(flat_mask, fixed_at, part * NODES, left)
             for part in range(width // NODES):
                 node = part * NODES
                 totals[:] = 0
@@ -155,7 +159,8 @@ def hamming_rows(
                         else:
                             _bits_3_masked(words, known, others, a, b, c, count, begin, end, label, node, t)
                         label += 4 if four else 3
+                first_label = (lz * side + ly) * side
                 for n in range(min(NODES, counts_x - node)):
-                    target = out[row * counts_x + node + n]
+                    target = out[(z * counts_y + y) * counts_x + node + n]
                     for lx in range(side):
-                        target[current * side + lx] = np.float32(totals[lx, n]) * scale
+                        target[first_label + lx] = np.float32(totals[lx, n]) * scale

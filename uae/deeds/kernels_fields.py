@@ -16,11 +16,10 @@ def _place(coordinate: float, size: int) -> tuple:
 
 
 @compile_kernel
-def _trilinear(image: np.ndarray, z: float, y: float, x: float) -> float:
-    """Image at (z, y, x) voxels, the border value outside; the order of the sum is that of scipy."""
-    z0, z1, wz = _place(z, image.shape[0])
-    y0, y1, wy = _place(y, image.shape[1])
-    x0, x1, wx = _place(x, image.shape[2])
+def _eight(
+    image: np.ndarray, z0: int, z1: int, wz: float, y0: int, y1: int, wy: float, x0: int, x1: int, wx: float
+) -> float:
+    """Weighted sum of eight neighbours; the order of the sum is that of scipy."""
     vz, vy, vx = 1.0 - wz, 1.0 - wy, 1.0 - wx
     total = image[z0, y0, x0] * vz * vy * vx
     total += image[z0, y0, x1] * vz * vy * wx
@@ -31,6 +30,15 @@ def _trilinear(image: np.ndarray, z: float, y: float, x: float) -> float:
     total += image[z1, y1, x0] * wz * wy * vx
     total += image[z1, y1, x1] * wz * wy * wx
     return total
+
+
+@compile_kernel
+def _trilinear(image: np.ndarray, z: float, y: float, x: float) -> float:
+    """Image at (z, y, x) voxels, the border value outside."""
+    z0, z1, wz = _place(z, image.shape[0])
+    y0, y1, wy = _place(y, image.shape[1])
+    x0, x1, wx = _place(x, image.shape[2])
+    return _eight(image, z0, z1, wz, y0, y1, wy, x0, x1, wx)
 
 
 @compile_kernel
@@ -80,7 +88,7 @@ def warp_planes(
     Args:
         image: (Z, Y, X) float32.
         valid: (Z, Y, X) bool, or of size 0.
-        dense: (3, Z, Y, X) float32 displacement in voxels.
+        dense: (3, last - first, Y, X) float32 displacement in voxels of these planes.
         first: first plane.
         last: plane after the last one.
         warped: (Z, Y, X) float32 out.
@@ -90,13 +98,25 @@ def warp_planes(
     for z in range(first, last):
         for y in range(ny):
             for x in range(nx):
-                vz = z + np.float64(dense[0, z, y, x])
-                vy = y + np.float64(dense[1, z, y, x])
-                vx = x + np.float64(dense[2, z, y, x])
-                warped[z, y, x] = _trilinear(image, vz, vy, vx)
-                if valid.size:
-                    inside = -0.5 <= vz <= nz - 0.5 and -0.5 <= vy <= ny - 0.5 and -0.5 <= vx <= nx - 0.5
-                    warped_valid[z, y, x] = inside and np.float32(_trilinear(valid, vz, vy, vx)) > 0.5
+                vz = z + np.float64(dense[0, z - first, y, x])
+                vy = y + np.float64(dense[1, z - first, y, x])
+                vx = x + np.float64(dense[2, z - first, y, x])
+                z0, z1, wz = _place(vz, nz)
+                y0, y1, wy = _place(vy, ny)
+                x0, x1, wx = _place(vx, nx)
+                warped[z, y, x] = _eight(image, z0, z1, wz, y0, y1, wy, x0, x1, wx)
+                if valid.size == 0:
+                    continue
+                inside = -0.5 <= vz <= nz - 0.5 and -0.5 <= vy <= ny - 0.5 and -0.5 <= vx <= nx - 0.5
+                corners = 0
+                if inside:
+                    corners = (
+                        valid[z0, y0, x0] + valid[z0, y0, x1] + valid[z0, y1, x0] + valid[z0, y1, x1]
+                        + valid[z1, y0, x0] + valid[z1, y0, x1] + valid[z1, y1, x0] + valid[z1, y1, x1]
+                    )  # fmt: skip
+                warped_valid[z, y, x] = corners == 8 or (
+                    corners > 0 and np.float32(_eight(valid, z0, z1, wz, y0, y1, wy, x0, x1, wx)) > 0.5
+                )
 
 
 @compile_kernel

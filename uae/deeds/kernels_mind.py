@@ -86,9 +86,9 @@ def mind_words(
     values = np.empty((12, nx), np.float32)
     least, noise = np.empty(nx, np.float32), np.empty(nx, np.float32)
     limits = np.empty((5, nx), np.float32)
-    halves = np.empty((2, nx), np.int32)
-    third = np.float32(12)
-    floor = np.float32(1e-6)
+    thirds = np.empty((3, nx), np.float32)
+    twelve, floor, zero = np.float32(12), np.float32(1e-6), np.float32(0)
+    bits = (np.float32(1), np.float32(2), np.float32(4), np.float32(8), np.float32(16))
     for z in range(first, last):
         for y in range(ny):
             for channel in range(12):
@@ -110,25 +110,27 @@ def mind_words(
                     row[x] -= least[x]
                     noise[x] += row[x]
             for x in range(nx):
-                mean = noise[x] / third
+                mean = noise[x] / twelve
                 noise[x] = mean if mean > floor else floor
             for number in range(5):
                 limit = limits[number]
                 for x in range(nx):
                     limit[x] = thresholds[number] * noise[x]
-            halves[:] = 0
+            # Codes of four channels are collected as one float, exactly: float32 lanes stay narrow, integers do not.
+            thirds[:] = zero
             a, b, c, d, e = limits[0], limits[1], limits[2], limits[3], limits[4]
             for channel in range(12):
-                row, half = values[channel], halves[channel // 6]
-                shift = np.int32(5 * (channel % 6))
+                row, third = values[channel], thirds[channel // 4]
+                scale = np.float32(32 ** (channel % 4))
                 for x in range(nx):
                     value = row[x]
-                    code = (
-                        np.int32(value < a[x]) + np.int32(value < b[x]) * np.int32(2)
-                        + np.int32(value < c[x]) * np.int32(4) + np.int32(value < d[x]) * np.int32(8)
-                        + np.int32(value < e[x]) * np.int32(16)
-                    )  # fmt: skip
-                    half[x] |= code << shift
-            words, low_half, high_half = out[z, y], halves[0], halves[1]
+                    code = bits[0] if value < a[x] else zero
+                    code += bits[1] if value < b[x] else zero
+                    code += bits[2] if value < c[x] else zero
+                    code += bits[3] if value < d[x] else zero
+                    code += bits[4] if value < e[x] else zero
+                    third[x] += code * scale
+            words, low, middle, high = out[z, y], thirds[0], thirds[1], thirds[2]
             for x in range(nx):
-                words[x] = np.uint64(low_half[x]) | (np.uint64(high_half[x]) << np.uint64(30))
+                word = np.int64(low[x]) | (np.int64(middle[x]) << 20) | (np.int64(high[x]) << 40)
+                words[x] = np.uint64(word)

@@ -134,3 +134,50 @@ def choose_labels(
                         best = value
                         winner = offset + x
         chosen[node] = winner
+
+
+@compile_kernel
+def block_differences(image: np.ndarray, step: int, offset: np.ndarray, out: np.ndarray) -> None:
+    """Mean absolute difference of each block to its next neighbour along z, y and x; 0 where there is none.
+
+    Args:
+        image: (Z, Y, X) float32.
+        step: side of a block.
+        offset: (3,) first voxel of the first block, z, y, x.
+        out: (3, nz, ny, nx) float64.
+    """
+    nz, ny, nx = out.shape[1:]
+    sums = np.empty((3, nx))
+    for z in range(nz):
+        for y in range(ny):
+            sums[:] = 0.0
+            for dz in range(step):
+                vz = offset[0] + z * step + dz
+                for dy in range(step):
+                    vy = offset[1] + y * step + dy
+                    row = image[vz, vy, offset[2] : offset[2] + nx * step]
+                    if z + 1 < nz:
+                        _add_differences(row, image[vz + step, vy, offset[2] : offset[2] + nx * step], step, sums[0])
+                    if y + 1 < ny:
+                        _add_differences(row, image[vz, vy + step, offset[2] : offset[2] + nx * step], step, sums[1])
+                    _add_differences(row[: (nx - 1) * step], row[step:], step, sums[2])
+            for axis in range(3):
+                for x in range(nx):
+                    out[axis, z, y, x] = sums[axis, x] / step**3
+
+
+@compile_kernel
+def _add_differences(one: np.ndarray, other: np.ndarray, step: int, sums: np.ndarray) -> None:
+    """Add the absolute differences of two rows, block by block."""
+    for x in range(one.shape[0] // step):
+        total = np.float32(0)
+        for s in range(step):
+            total += abs(other[x * step + s] - one[x * step + s])
+        sums[x] += total
+
+
+@compile_kernel
+def depths(order: np.ndarray, parent: np.ndarray, depth: np.ndarray) -> None:
+    """Generation of each node, from the root's 0 on; `order` has every parent before its children."""
+    for position in range(1, order.shape[0]):
+        depth[order[position]] = depth[parent[order[position]]] + 1

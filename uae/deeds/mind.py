@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from uae.deeds.backend import Work, numba_kernels, resolve_backend
+from uae.deeds.backend import Memory, Work, numba_kernels, resolve_backend
 
 CHANNELS = 12
 NEUTRAL_WORD = np.uint64(sum(0b111 << (5 * channel) for channel in range(CHANNELS)))
@@ -37,8 +37,9 @@ _SLAB_VOXELS = 1_000_000
 
 
 def mind_ssc(
-    image: np.ndarray, q: int, *, valid: np.ndarray | None = None, backend: str = "auto", work: Work | None = None
-) -> np.ndarray:
+    image: np.ndarray, q: int, *, valid: np.ndarray | None = None, backend: str = "auto", memory: Memory | None = None,
+    work: Work | None = None,
+) -> np.ndarray:  # fmt: skip
     """Descriptor words of an image.
 
     Args:
@@ -46,6 +47,7 @@ def mind_ssc(
         q: distance of the compared neighbours and half-width of the patches, in voxels.
         valid: (Z, Y, X) bool; elsewhere the neutral word is written. None: valid everywhere.
         backend: 'auto', 'numba' or 'numpy'.
+        memory: where the arrays come from; the result is one of them.
         work: asked whether to stop after each slab.
 
     Returns:
@@ -56,25 +58,26 @@ def mind_ssc(
     """
     image = np.ascontiguousarray(image, dtype=np.float32)
     numba = resolve_backend(backend) == "numba"
-    words = np.empty(image.shape, np.uint64)
+    memory = memory or Memory()
+    words = memory.array("words", image.shape, np.uint64)
     planes = max(1, _SLAB_VOXELS // (image.shape[1] * image.shape[2]))
     for first in range(0, image.shape[0], planes):
         if work is not None:
             work.check()
         last = min(first + planes, image.shape[0])
-        (_slab_numba if numba else _slab_numpy)(image, q, first, last, words)
+        (_slab_numba if numba else _slab_numpy)(image, q, first, last, words, memory)
     if valid is not None:
         words[~valid] = NEUTRAL_WORD
     return words
 
 
-def _slab_numba(image: np.ndarray, q: int, first: int, last: int, words: np.ndarray) -> None:
+def _slab_numba(image: np.ndarray, q: int, first: int, last: int, words: np.ndarray, memory: Memory) -> None:
     """Write the words of the planes first..last-1 with the compiled kernels."""
     kernels = numba_kernels()
     # Channels are read up to q planes below, never above.
     low = max(first - q, 0)
-    box = np.empty((len(_PAIRS), last - low, *image.shape[1:]), np.float32)
-    squares = np.empty((2 * q + 1, *image.shape[1:]), np.float32)
+    box = memory.array("box", (len(_PAIRS), last - low, *image.shape[1:]), np.float32)
+    squares = memory.array("squares", (2 * q + 1, *image.shape[1:]), np.float32)
     for pair, offset in enumerate(_PAIRS):
         kernels.ssd_planes(image, *(q * value for value in offset), q, low, last, squares, box[pair])
     pairs = np.array([pair for pair, _ in _CHANNELS])
@@ -82,7 +85,7 @@ def _slab_numba(image: np.ndarray, q: int, first: int, last: int, words: np.ndar
     kernels.mind_words(box, first, low, last, pairs, anchors, _THRESHOLDS, words)
 
 
-def _slab_numpy(image: np.ndarray, q: int, first: int, last: int, words: np.ndarray) -> None:
+def _slab_numpy(image: np.ndarray, q: int, first: int, last: int, words: np.ndarray, memory: Memory) -> None:
     """The same with numpy: equal order of additions, hence equal bits."""
     low = max(first - q, 0)
     box = [_ssd_numpy(image, tuple(q * value for value in offset), q, low, last) for offset in _PAIRS]

@@ -11,7 +11,7 @@ from functools import cached_property, partial
 import numpy as np
 
 from uae.deeds import fields
-from uae.deeds.backend import Work, resolve_backend
+from uae.deeds.backend import Memory, Work, resolve_backend
 from uae.deeds.cost import ControlGrid, block_samples, cost_scale, data_cost
 from uae.deeds.inputs import Image, check_overlap, out_of_memory, prepare, usable_levels, working_grid
 from uae.deeds.mind import mind_ssc
@@ -68,13 +68,13 @@ class DeedsResult:
 
 @dataclass
 class _Direction:
-    """One of the two searches: `base` stays, `other` is warped and searched; `memory` holds every level's costs."""
+    """One of the two searches: `base` stays, `other` is warped and searched; `memory` serves every level."""
 
     base: Image
     other: Image
     words: dict[int, np.ndarray] = field(default_factory=dict)
     displacement: np.ndarray | None = None
-    memory: np.ndarray | None = None
+    memory: Memory = field(default_factory=Memory)
 
     def descriptors(self, q: int, solver: _Solver) -> np.ndarray:
         """Words of the base image; only those of the last q are kept."""
@@ -119,10 +119,8 @@ class _Solver:
     def run(self) -> tuple[np.ndarray, np.ndarray]:
         """Solve all levels; dense forward and backward displacement (3, Z, Y, X) float32 in voxels."""
         previous: ControlGrid | None = None
-        # Fresh memory costs a page fault every 4 KB: the costs of all levels share what the largest one needs.
-        for direction in self.directions:
-            shared = self.threads == 1 and direction is not self.directions[0]
-            direction.memory = self.directions[0].memory if shared else np.empty(self._largest_cost(), np.float32)
+        if self.threads == 1:
+            self.directions[1].memory = self.directions[0].memory
         for number, level in enumerate(self.levels):
             started = time.perf_counter()
             grid = ControlGrid.over(self.shape, level.step, self.preset.alignment)
@@ -162,7 +160,7 @@ class _Solver:
         for number in range(self.preset.polish):
             self._polish(previous, f"deeds polish {number + 1}/{self.preset.polish}")
         for direction in self.directions:
-            direction.words, direction.memory = {}, None
+            direction.words, direction.memory = {}, Memory()
         dense = [fields.transfer(one.displacement, previous, None, self.backend) for one in self.directions]
         return dense[0], dense[1]
 
@@ -182,12 +180,6 @@ class _Solver:
             direction.displacement = displacement
         report(self.progress, stage, 1.0)
 
-    def _largest_cost(self) -> int:
-        """Costs of the level that has most."""
-        grids = [ControlGrid.over(self.shape, level.step, self.preset.alignment) for level in self.levels]
-        polished = 27 * grids[-1].nodes if self.preset.polish else 0
-        return max(polished, *(grid.nodes * level.labels for grid, level in zip(grids, self.levels)))
-
     def _units(self, grid: ControlGrid, level: Level) -> float:
         """Work of one direction of a level as the kernels count it."""
         comparisons = grid.nodes * level.labels * len(block_samples(level.step, self.preset.sampling))
@@ -196,15 +188,15 @@ class _Solver:
     def _cost(self, direction: _Direction, grid: ControlGrid, level: Level, warped: bool) -> np.ndarray:
         """Data cost (nodes, labels) of one direction around its present displacement."""
         self.work.check()
-        other, valid = direction.other.values, self.validity(direction.other)
+        other, valid, memory = direction.other.values, self.validity(direction.other), direction.memory
         if warped:
-            dense = fields.transfer(direction.displacement, grid, None, self.backend)
-            other, valid = fields.warp(other, valid, dense, self.work, self.backend)
-            del dense
-        words = mind_ssc(other, level.mind_step, valid=valid, backend=self.backend, work=self.work)
+            other, valid = fields.warp(
+                other, valid, direction.displacement, grid, self.work, self.backend, memory
+            )
+        words = mind_ssc(other, level.mind_step, valid=valid, backend=self.backend, memory=memory, work=self.work)
         base = direction.descriptors(level.mind_step, self)
         return data_cost(
-            base, words, grid, level, self.preset, backend=self.backend, out=direction.memory, work=self.work
+            base, words, grid, level, self.preset, backend=self.backend, memory=direction.memory, work=self.work
         )
 
     def _search(
@@ -213,7 +205,7 @@ class _Solver:
         """One direction of one level: (control point displacement, energy, Hamming distance before), as a thread."""
         cost = self._cost(direction, grid, level, warped)
         before = float(cost[:, level.labels // 2].mean()) / cost_scale(level, self.preset)
-        tree = build_tree(direction.base.values, grid)
+        tree = build_tree(direction.base.values, grid, self.backend)
         inherited = direction.displacement.reshape(3, -1).T
         labels, energy = propagate(
             cost, tree, inherited / level.quantisation, level.side, backend=self.backend, work=self.work
@@ -323,7 +315,7 @@ def _finish(
     spacing = float(grid.spacing[0])
     work = _CancelWork(cancel)
     fixed, moving = images
-    _, reached = fields.warp(moving.values, moving.valid, forward, work, backend)
+    _, reached = fields.warp(moving.values, moving.valid, forward, work=work, backend=backend)
     body = fixed.valid & reached
     work.check()
     determinant = fields.jacobian_determinant(forward, backend=backend)

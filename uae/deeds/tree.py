@@ -31,56 +31,85 @@ class Tree:
     starts: np.ndarray
 
 
-def edge_differences(image: np.ndarray, grid: ControlGrid) -> csr_matrix:
-    """Mean absolute intensity difference of 6-neighbour blocks (their corresponding voxels).
+def block_differences(image: np.ndarray, grid: ControlGrid, backend: str = "auto") -> np.ndarray:
+    """Mean absolute intensity difference of each block to its next neighbour (their corresponding voxels).
 
     Args:
         image: (Z, Y, X) float32.
         grid: control points.
+        backend: 'auto', 'numba' or 'numpy'; they differ by the rounding of sums.
+
+    Returns:
+        (3, nz, ny, nx) float64, along z, y, x; 0 where there is no next block.
+    """
+    out = np.zeros((3, *grid.counts))
+    if resolve_backend(backend) == "numba":
+        numba_kernels().block_differences(image, grid.step, np.array(grid.offset), out)
+        return out
+    blocks = np.asarray(grid.crop(image), np.float32)
+    step = grid.step
+    for axis in range(3):
+        size = blocks.shape[axis]
+        difference = np.abs(np.take(blocks, range(step, size), axis) - np.take(blocks, range(size - step), axis))
+        counts = [count - (place == axis) for place, count in enumerate(grid.counts)]
+        nz, ny, nx = counts
+        # Row by row and then in float64, as the compiled version adds up.
+        rows = difference.reshape(nz, step, ny, step, nx, step)
+        total = rows[..., 0].copy()
+        for s in range(1, step):
+            total += rows[..., s]
+        mean = total.astype(np.float64).sum(axis=(1, 3)) / step**3
+        out[axis][tuple(slice(count) for count in counts)] = mean
+    return out
+
+
+def edge_differences(image: np.ndarray, grid: ControlGrid, backend: str = "auto") -> csr_matrix:
+    """The differences of all 6-neighbours as a graph.
 
     Returns:
         (N, N) sparse matrix; entry (a, b), a < b, holds the difference plus 1, because scipy's spanning tree takes an
         entry of 0 for a missing edge, and a constant added to all edges does not change the tree.
     """
-    blocks = np.asarray(grid.crop(image), np.float32)
-    numbers = np.arange(grid.nodes).reshape(grid.counts)
-    step = grid.step
+    return _graph(block_differences(image, grid, backend), grid)
+
+
+def _graph(differences: np.ndarray, grid: ControlGrid) -> csr_matrix:
+    numbers = np.arange(grid.nodes, dtype=np.int32).reshape(grid.counts)
     first, second, values = [], [], []
-    for axis in range(3):
-        size = blocks.shape[axis]
-        difference = np.abs(np.take(blocks, range(step, size), axis) - np.take(blocks, range(size - step), axis))
-        counts = list(grid.counts)
-        counts[axis] -= 1
-        nz, ny, nx = counts
-        mean = difference.reshape(nz, step, ny, step, nx, step).mean(axis=(1, 3, 5), dtype=np.float64)
-        first.append(np.take(numbers, range(counts[axis]), axis).ravel())
-        second.append(np.take(numbers, range(1, counts[axis] + 1), axis).ravel())
-        values.append(mean.ravel() + 1.0)
-    matrix = coo_matrix(
-        (np.concatenate(values), (np.concatenate(first), np.concatenate(second))), shape=(grid.nodes, grid.nodes)
-    )
-    return matrix.tocsr()
+    for axis, count in enumerate(grid.counts):
+        here = np.take(numbers, range(count - 1), axis)
+        first.append(here.ravel())
+        second.append(np.take(numbers, range(1, count), axis).ravel())
+        values.append(np.take(differences[axis], range(count - 1), axis).ravel() + 1.0)
+    places = (np.concatenate(first), np.concatenate(second))
+    return coo_matrix((np.concatenate(values), places), shape=(grid.nodes, grid.nodes)).tocsr()
 
 
-def build_tree(image: np.ndarray, grid: ControlGrid) -> Tree:
+def build_tree(image: np.ndarray, grid: ControlGrid, backend: str = "auto") -> Tree:
     """Spanning tree of least total block difference, rooted at the middle block.
 
     The weight of an edge is exp(-difference / (2 std(image))): motion may break where the anatomy changes (deedsBCV).
     """
-    differences = minimum_spanning_tree(edge_differences(image, grid))
+    differences = block_differences(image, grid, backend)
+    spanning = minimum_spanning_tree(_graph(differences, grid))
     root = int(np.ravel_multi_index(tuple(count // 2 for count in grid.counts), grid.counts))
-    both_ways = (differences + differences.T).tocsr()
-    order, parent = breadth_first_order(both_ways, root, directed=False, return_predecessors=True)
+    order, parent = breadth_first_order(spanning, root, directed=False, return_predecessors=True)
     order = order.astype(np.int64)
     parent = np.where(parent < 0, -1, parent).astype(np.int64)
     weight = np.ones(grid.nodes, np.float32)
     child = order[1:]
-    difference = np.asarray(both_ways[child, parent[child]], np.float64).ravel() - 1.0
+    above = parent[child]
+    strides = np.array([grid.counts[1] * grid.counts[2], grid.counts[2], 1])
+    axis = (np.abs(child - above)[:, None] == strides).argmax(axis=1)
     deviation = max(float(np.std(image, dtype=np.float64)), 1e-12)
+    difference = differences.reshape(3, -1)[axis, np.minimum(child, above)]
     weight[child] = np.exp(-difference / (2.0 * deviation))
     depth = np.zeros(grid.nodes, np.int64)
-    for node, above in zip(child.tolist(), parent[child].tolist()):
-        depth[node] = depth[above] + 1
+    if resolve_backend(backend) == "numba":
+        numba_kernels().depths(order, parent, depth)
+    else:
+        for node, source in zip(child.tolist(), above.tolist()):
+            depth[node] = depth[source] + 1
     starts = np.concatenate([[0], np.cumsum(np.bincount(depth[order]))])
     return Tree(order, parent, weight, starts)
 
