@@ -15,7 +15,8 @@ TRAIN_EXAMPLE = """\
   uae train appearance --config small --output runs/first --resume"""
 BENCH_EXAMPLE = """\
   UAE_DATA=/data/uae uae bench embedding --quick --json build/bench/embedding.json
-  uae bench match --json build/bench/match.json"""
+  uae bench match --json build/bench/match.json
+  UAE_DATA=/data/uae uae bench deeds --json build/bench/deeds.json"""
 
 
 def add_commands(commands: argparse._SubParsersAction) -> None:
@@ -44,16 +45,24 @@ def add_commands(commands: argparse._SubParsersAction) -> None:
         "bench",
         "Measure on data with known truth and write the figures as JSON. embedding: accuracy on real volumes, found "
         "through UAE_DATA or --data; test subjects are only reported where --report-test asks for it. match: seconds "
-        "from a click to its answers, through the worker, on a phantom pair of whole torsos.",
+        "from a click to its answers, through the worker, on a phantom pair of whole torsos. deeds: accuracy, time and "
+        "memory of the deformable solver on pairs with known deformations.",
         BENCH_EXAMPLE,
     )
     bench.set_defaults(run=run_bench)
-    bench.add_argument("name", choices=("embedding", "match"), metavar="NAME", help="embedding or match")
+    names = ("embedding", "match", "deeds")
+    bench.add_argument("name", choices=names, metavar="NAME", help="embedding, match or deeds")
     bench.add_argument("--quick", action="store_true", help="fewer cases")
     bench.add_argument("--report-test", action="store_true", help="also report the test subjects")
     bench.add_argument("--data", metavar="DIR", help="the volumes (default: UAE_DATA)")
     bench.add_argument("--json", "--output", dest="json", required=True, metavar="FILE", help="where the figures go")
     add_model_options(bench)
+    solver = bench.add_argument_group("deeds only")
+    solver.add_argument("--deedsbcv", metavar="DIR", help="also run the original: the folder of a built deedsBCV")
+    solver.add_argument("--pairs", type=_names, default=[], metavar="A,B", help="only these pairs")
+    solver.add_argument("--presets", type=_names, default=["faithful", "default"], metavar="A,B", help="which presets")
+    solver.add_argument("--repeats", type=int, default=3, metavar="N", help="runs of each; the median time counts")
+    solver.add_argument("--scaling", action="store_true", help="also time synthetic pairs up to a whole torso")
 
 
 def run_train(arguments: argparse.Namespace, session: Session) -> int:
@@ -85,9 +94,13 @@ def run_bench(arguments: argparse.Namespace, session: Session) -> int:
     output = check_writable(arguments.json, suffixes=(".json",))
     if arguments.report_test:
         raise InputError(f"`bench {arguments.name}` has no test subjects to report; leave out --report-test")
-    result = (_bench_match if arguments.name == "match" else _bench_embedding)(arguments, session, output)
+    run = {"match": _bench_match, "deeds": _bench_deeds}.get(arguments.name, _bench_embedding)
+    result = run(arguments, session, output)
     for name, figures in result.items():
-        if name in ("meta", "cases"):
+        if name in ("meta", "cases", "pairs"):
+            continue
+        if not isinstance(figures, dict):
+            _say_figures(session, {name: figures}, "")
             continue
         session.say(name)
         _say_figures(session, figures, "  ")
@@ -112,6 +125,27 @@ def _bench_match(arguments: argparse.Namespace, session: Session, output: Path) 
         options += [option, str(value)] if value else []
     options += ["--no-cache"] if arguments.no_cache else []
     return run_match_bench(options, arguments.quick, output, session.progress)
+
+
+def _names(text: str) -> list[str]:
+    return [name for name in text.split(",") if name]
+
+
+def _bench_deeds(arguments: argparse.Namespace, session: Session, output: Path) -> dict[str, Any]:
+    from uae.bench.deeds import run_deeds_bench
+
+    return run_deeds_bench(
+        data_dir=arguments.data,
+        quick=arguments.quick,
+        json_path=output,
+        pairs=arguments.pairs,
+        presets=arguments.presets,
+        original=arguments.deedsbcv,
+        threads=arguments.threads or 2,
+        repeats=max(1, arguments.repeats),
+        scaling=arguments.scaling,
+        progress=session.progress,
+    )
 
 
 def _bench_embedding(arguments: argparse.Namespace, session: Session, output: Path) -> dict[str, Any]:

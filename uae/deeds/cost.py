@@ -172,9 +172,8 @@ def _rows_numba(
     work.check()
     wide = width + -(-2 * reach // step) + 1
     there = memory.array("there", (nz * step + 2 * reach, ny * step + 2 * reach, step, wide), np.uint64)
-    kernels.unfold(
-        moving, z0 - reach, y0 - reach, x0 - reach, not block.neutral, NEUTRAL_WORD, there, np.empty((0,) * 4, np.uint64)
-    )
+    no_mask = np.empty((0,) * 4, np.uint64)
+    kernels.unfold(moving, z0 - reach, y0 - reach, x0 - reach, not block.neutral, NEUTRAL_WORD, there, no_mask)
     work.check()
     rows, number = np.unique(block.samples[:, :2], axis=0, return_inverse=True)
     reads = np.stack([number.ravel(), block.samples[:, 2]], axis=1).astype(np.int64)

@@ -21,6 +21,7 @@ from uae.deeds.kernels_tree import block_differences, choose_labels, depths, sen
 from uae.deeds.vector import NODES
 
 __all__ = [
-    "NODES", "block_differences", "choose_labels", "consistency", "depths", "hamming_planes", "invert_planes", "jacobian_planes", "laplacian",
-    "mind_words",    "sample", "send_messages", "spread", "ssd_planes", "unfold", "warp_planes",
+    "NODES", "block_differences", "choose_labels", "consistency", "depths", "hamming_planes", "invert_planes",
+    "jacobian_planes", "laplacian", "mind_words", "sample", "send_messages", "spread", "ssd_planes", "unfold",
+    "warp_planes",
 ]  # fmt: skip

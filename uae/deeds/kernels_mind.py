@@ -9,7 +9,7 @@ from uae.deeds.compiled import compile_kernel
 
 @compile_kernel
 def _add_rows(source: np.ndarray, target: np.ndarray) -> None:
-    """target += source, elementwise over rows of equal length."""
+    """Add source to target, elementwise over rows of equal length."""
     for x in range(target.shape[0]):
         target[x] += source[x]
 

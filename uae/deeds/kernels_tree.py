@@ -1,5 +1,8 @@
-"""Compiled belief propagation on a tree. There is no parallel loop inside: a barrier per tree level costs many times
-the work itself as soon as another process uses the cores (our measurement)."""
+"""Compiled trees and belief propagation.
+
+There is no parallel loop inside: a barrier per tree level costs many times the work itself as soon as another process
+uses the cores (our measurement).
+"""
 
 from __future__ import annotations
 

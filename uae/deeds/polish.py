@@ -87,7 +87,7 @@ def polish(
 
 
 def _solve(curvature: np.ndarray, bending: Bending, weight: float, right: np.ndarray, work: Work | None) -> np.ndarray:
-    """u of (curvature + weight B) u = right by conjugate gradients, preconditioned by the diagonal."""
+    """Solve for u in (curvature + weight B) u = right by conjugate gradients, preconditioned by the diagonal."""
     inverse_diagonal = 1.0 / (curvature + weight * bending.diagonal)
     solution = np.zeros_like(right)
     residual = right.copy()
