@@ -55,6 +55,10 @@ def add_commands(commands: argparse._SubParsersAction) -> None:
     deform.add_argument("--initial", metavar="T.tfm", help="linear transform fixed to moving (default: identity)")
     presets = "preset of the solver: default, after-rigid, large-motion, crosssam or faithful"
     deform.add_argument("--preset", default="default", metavar="NAME", help=presets)
+    deform.add_argument(
+        "--affine", action="store_true", help="first improve --initial by an affine step, kept where it helps"
+    )
+    deform.add_argument("--device", default="cpu", metavar="auto|cpu|cuda[:n]", help="where the solver runs")
     deform.add_argument("--fixed-mask", metavar="F", help="use only this part of the fixed scan (a mask image)")
     deform.add_argument("--moving-mask", metavar="M", help="use only this part of the moving scan")
 
@@ -106,6 +110,8 @@ def run_deform(arguments: argparse.Namespace, session: Session) -> int:
         moving,
         initial=initial,
         preset=arguments.preset,
+        affine=arguments.affine,
+        device=arguments.device,
         threads=arguments.threads or os.cpu_count() or 1,
         fixed_mask=fixed_mask,
         moving_mask=moving_mask,

@@ -31,13 +31,17 @@ def numba_kernels() -> ModuleType | None:
 
 
 def resolve_backend(name: str = "auto") -> str:
-    """Turn 'auto', 'numba' or 'numpy' into 'numba' or 'numpy'.
+    """Turn 'auto' into 'numba' or 'numpy'; 'torch' and 'torch:DEVICE' become 'torch:DEVICE'.
 
     Raises:
         InputError: the name is unknown, or numba is asked for and missing.
     """
+    if name.startswith("torch"):
+        device = name.partition(":")[2] or "cpu"
+        if name.split(":")[0] == "torch" and device.split(":")[0] in ("cpu", "cuda", "mps", "xpu"):
+            return f"torch:{device}"
     if name not in ("auto", "numba", "numpy"):
-        raise InputError(f"unknown DEEDS backend {name!r}; use auto, numba or numpy")
+        raise InputError(f"unknown DEEDS backend {name!r}; use auto, numba, numpy or torch:DEVICE")
     if name == "numpy":
         return name
     if numba_kernels() is not None:
@@ -45,6 +49,16 @@ def resolve_backend(name: str = "auto") -> str:
     if name == "numba":
         raise InputError("numba is not installed; install the extra [fast] or choose the backend auto")
     return "numpy"
+
+
+def processor_backend(name: str) -> str:
+    """The backend for what stays on the processor: the given one, or the best there is beside a torch device."""
+    return resolve_backend("auto") if name.startswith("torch") else resolve_backend(name)
+
+
+def torch_device(name: str) -> str | None:
+    """The device of a resolved torch backend, None of any other."""
+    return name.partition(":")[2] if name.startswith("torch:") else None
 
 
 class Memory:

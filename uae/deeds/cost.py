@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import partial
 
 import numpy as np
 
-from uae.deeds.backend import Memory, Work, numba_kernels, resolve_backend
+from uae.deeds.backend import Memory, Work, numba_kernels, resolve_backend, torch_device
+from uae.deeds.device import hamming
 from uae.deeds.mind import NEUTRAL_WORD, popcount
 from uae.deeds.presets import Level, Preset
 
@@ -96,7 +98,7 @@ def data_cost(
         grid: control points.
         level: search radius and quantisation.
         preset: alpha, sampling and border.
-        backend: 'auto', 'numba' or 'numpy'; the results are equal to the last bit.
+        backend: 'auto', 'numba', 'numpy' or 'torch:DEVICE'; the results are equal to the last bit.
         block_mb: bound on the search window that is copied at once, MB; smaller blocks take a little longer.
         memory: where the arrays come from; the result is one of them.
         work: told about finished comparisons, and asked whether to stop.
@@ -109,7 +111,8 @@ def data_cost(
     scale = np.float32(cost_scale(level, preset) / len(samples))
     memory = memory or Memory()
     cost = memory.array("cost", (grid.nodes, level.labels), np.float32)
-    function = _rows_numba if resolve_backend(backend) == "numba" else _labels_numpy
+    backend = resolve_backend(backend)
+    function = _rows_numba if backend == "numba" else partial(_labels, device=torch_device(backend))
     nz, ny, nx = grid.counts
     planes = _planes_per_block(grid, level, block_mb)
     for first in range(0, nz, planes):
@@ -199,11 +202,11 @@ def _window(words: np.ndarray, block: _Block, reach: int) -> np.ndarray:
     return window
 
 
-def _labels_numpy(
+def _labels(
     fixed: np.ndarray, moving: np.ndarray, block: _Block, scale: np.float32, cost: np.ndarray, memory: Memory,
-    work: Work,
+    work: Work, device: str | None,
 ) -> None:  # fmt: skip
-    """The same with numpy, one label at a time over all blocks."""
+    """The same with numpy or on a torch device, one label at a time over all blocks."""
     level, samples, step = block.level, block.samples, block.grid.step
     window = _window(moving, block, level.reach)
     strides = [np.unique(samples[:, axis]) for axis in range(3)]
@@ -219,7 +222,10 @@ def _labels_numpy(
         return words.reshape(nz, step, ny, step, nx, step)[:, :: pitch[0], :, :: pitch[1], :, :: pitch[2]]
 
     here = np.ascontiguousarray(lattice(_window(fixed, block, 0)))
-    counted = np.where(here == NEUTRAL_WORD, np.uint64(0), keep) if block.neutral else keep
+    counted = np.where(here == NEUTRAL_WORD, np.uint64(0), keep) if block.neutral else np.broadcast_to(keep, here.shape)
+    if device is not None:
+        hamming(here, counted, window, block, pitch, scale, cost, work, device)
+        return
     size = [count * step for count in block.counts]
     for label, shift in enumerate(np.ndindex(level.side, level.side, level.side)):
         begin = [value * level.quantisation for value in shift]

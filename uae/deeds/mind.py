@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import numpy as np
 
-from uae.deeds.backend import Memory, Work, numba_kernels, resolve_backend
+from uae.deeds import device
+from uae.deeds.backend import Memory, Work, numba_kernels, resolve_backend, torch_device
 
 CHANNELS = 12
 NEUTRAL_WORD = np.uint64(sum(0b111 << (5 * channel) for channel in range(CHANNELS)))
@@ -46,7 +47,7 @@ def mind_ssc(
         image: (Z, Y, X) float32, isotropic voxels.
         q: distance of the compared neighbours and half-width of the patches, in voxels.
         valid: (Z, Y, X) bool; elsewhere the neutral word is written. None: valid everywhere.
-        backend: 'auto', 'numba' or 'numpy'.
+        backend: 'auto', 'numba', 'numpy' or 'torch:DEVICE'.
         memory: where the arrays come from; the result is one of them.
         work: asked whether to stop after each slab.
 
@@ -57,7 +58,15 @@ def mind_ssc(
         CancelledError: `work` was stopped.
     """
     image = np.ascontiguousarray(image, dtype=np.float32)
-    numba = resolve_backend(backend) == "numba"
+    backend = resolve_backend(backend)
+    if torch_device(backend) is not None:
+        if work is not None:
+            work.check()
+        words = device.mind_words(image, q, _PAIRS, _CHANNELS, _THRESHOLDS, torch_device(backend))
+        if valid is not None:
+            words[~valid] = NEUTRAL_WORD
+        return words
+    numba = backend == "numba"
     memory = memory or Memory()
     words = memory.array("words", image.shape, np.uint64)
     planes = max(1, _SLAB_VOXELS // (image.shape[1] * image.shape[2]))

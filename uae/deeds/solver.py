@@ -6,64 +6,29 @@ import logging
 import time
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass, field
-from functools import cached_property, partial
+from functools import partial
 
 import numpy as np
 
 from uae.deeds import fields
-from uae.deeds.backend import Memory, Work, resolve_backend
-from uae.deeds.cost import ControlGrid, block_samples, cost_scale, data_cost
+from uae.deeds.affine import affine_step
+from uae.deeds.backend import Memory, Work, processor_backend, resolve_backend
+from uae.deeds.cost import BLOCK_MB, ControlGrid, block_samples, cost_scale, data_cost
 from uae.deeds.inputs import Image, check_overlap, out_of_memory, prepare, usable_levels, working_grid
 from uae.deeds.mind import mind_ssc
 from uae.deeds.polish import Bending, polish
 from uae.deeds.presets import Level, Preset, find_preset
+from uae.deeds.result import CancelWork, DeedsResult, finish
 from uae.deeds.tree import build_tree, propagate
 from uae.progress import Cancel, Progress, check_cancel, report
-from uae.transform import Affine, DisplacementField
+from uae.transform import Affine
 from uae.volume import Geometry, Volume
 
 logger = logging.getLogger(__name__)
 
-INVERSE_TOLERANCE_MM = 0.002
 _POLL_SECONDS = 0.1
-
-
-@dataclass
-class DeedsResult:
-    """What a registration found: x_moving = A(x + u(x)), A the initial transform.
-
-    Attributes:
-        field: u on the working grid, LPS mm, not tapered: beyond the grid nothing is known.
-        levels: for each level step, radius, quantisation, control_points, and for both directions energy (least energy
-            a control point), hamming (mean Hamming distance 0..60 before the level's search), folding (share of control
-            points with a Jacobian <= 0 after the merge), seconds.
-        jacobian: min, max and folding (share <= 0) of det(I + grad u) over the fixed image's valid voxels whose place
-            in the moving image is valid; folding_grid over the whole working grid.
-        seconds: prepare, levels, finish, total.
-        preset: name of the preset.
-        backend: 'numba' or 'numpy'.
-        overlap: share of the fixed image's valid voxels with a valid place in the moving image at the end.
-        consistency_mm: mean of |v(x) + u(x + v(x))| of the solver's own backward field v: how far the two directions
-            are from being inverses.
-    """
-
-    field: DisplacementField
-    levels: list[dict]
-    jacobian: dict[str, float]
-    seconds: dict[str, float]
-    preset: str
-    backend: str
-    overlap: float
-    consistency_mm: float
-
-    @cached_property
-    def inverse(self) -> DisplacementField:
-        """The field v with (x + v(x)) + u(x + v(x)) = x on the same grid, u continued beyond its border."""
-        forward = _to_voxels(self.field)
-        spacing = float(self.field.geometry.spacing[0])
-        tolerance = INVERSE_TOLERANCE_MM / spacing
-        inverse = fields.invert(forward, -forward, tolerance=tolerance, backend=self.backend)
-        return DisplacementField(_to_mm(inverse, spacing), self.field.geometry)
+_SMALL_BLOCK_MB = 20.0
+"""Search window of the second attempt: a few control planes."""
 
 
 @dataclass
@@ -98,6 +63,7 @@ class _Solver:
         preset: Preset,
         backend: str,
         threads: int,
+        block_mb: float,
         progress: Progress | None,
         cancel: Cancel | None,
     ) -> None:
@@ -105,6 +71,8 @@ class _Solver:
         self.levels = levels
         self.preset = preset
         self.backend = backend
+        self.cpu = processor_backend(backend)
+        self.block_mb = block_mb
         self.threads = threads
         self.progress = progress
         self.cancel = cancel
@@ -128,14 +96,14 @@ class _Solver:
                 if previous is None:
                     direction.displacement = np.zeros((3, *grid.counts))
                 else:
-                    direction.displacement = fields.transfer(direction.displacement, previous, grid, self.backend)
+                    direction.displacement = fields.transfer(direction.displacement, previous, grid, self.cpu)
             stage = f"deeds level {number + 1}/{len(self.levels)}"
             tasks = [partial(self._search, direction, grid, level, number > 0) for direction in self.directions]
             found = self._both(tasks, stage, 2 * self._units(grid, level))
-            merged = fields.merge(found[0][0], found[1][0], grid.step, backend=self.backend)
+            merged = fields.merge(found[0][0], found[1][0], grid.step, backend=self.cpu)
             for direction, displacement in zip(self.directions, merged):
                 direction.displacement = displacement
-            folded = [float(np.mean(fields.jacobian_determinant(one, grid.step, self.backend) <= 0)) for one in merged]
+            folded = [float(np.mean(fields.jacobian_determinant(one, grid.step, self.cpu) <= 0)) for one in merged]
             self.reports.append(
                 {
                     "step": level.step,
@@ -161,7 +129,7 @@ class _Solver:
             self._polish(previous, f"deeds polish {number + 1}/{self.preset.polish}")
         for direction in self.directions:
             direction.words, direction.memory = {}, Memory()
-        dense = [fields.transfer(one.displacement, previous, None, self.backend) for one in self.directions]
+        dense = [fields.transfer(one.displacement, previous, None, self.cpu) for one in self.directions]
         return dense[0], dense[1]
 
     def _polish(self, grid: ControlGrid, stage: str) -> None:
@@ -170,12 +138,12 @@ class _Solver:
 
         def task(direction: _Direction) -> tuple[np.ndarray]:
             cost = self._cost(direction, grid, level, True)
-            bending = Bending(grid.counts, self.backend)
+            bending = Bending(grid.counts, self.cpu)
             return (polish(cost, direction.displacement, bending, self.preset.bending, self.work),)
 
         tasks = [partial(task, direction) for direction in self.directions]
         found = self._both(tasks, stage, 2 * self._units(grid, level))
-        merged = fields.merge(found[0][0], found[1][0], grid.step, cubic=True, backend=self.backend)
+        merged = fields.merge(found[0][0], found[1][0], grid.step, cubic=True, backend=self.cpu)
         for direction, displacement in zip(self.directions, merged):
             direction.displacement = displacement
         report(self.progress, stage, 1.0)
@@ -191,13 +159,14 @@ class _Solver:
         other, valid, memory = direction.other.values, self.validity(direction.other), direction.memory
         if warped:
             other, valid = fields.warp(
-                other, valid, direction.displacement, grid, self.work, self.backend, memory
+                other, valid, direction.displacement, grid, self.work, self.cpu, memory
             )
         words = mind_ssc(other, level.mind_step, valid=valid, backend=self.backend, memory=memory, work=self.work)
         base = direction.descriptors(level.mind_step, self)
         return data_cost(
-            base, words, grid, level, self.preset, backend=self.backend, memory=direction.memory, work=self.work
-        )
+            base, words, grid, level, self.preset, backend=self.backend, block_mb=self.block_mb, memory=memory,
+            work=self.work,
+        )  # fmt: skip
 
     def _search(
         self, direction: _Direction, grid: ControlGrid, level: Level, warped: bool
@@ -205,7 +174,7 @@ class _Solver:
         """One direction of one level: (control point displacement, energy, Hamming distance before), as a thread."""
         cost = self._cost(direction, grid, level, warped)
         before = float(cost[:, level.labels // 2].mean()) / cost_scale(level, self.preset)
-        tree = build_tree(direction.base.values, grid, self.backend)
+        tree = build_tree(direction.base.values, grid, self.cpu)
         inherited = direction.displacement.reshape(3, -1).T
         labels, energy = propagate(
             cost, tree, inherited / level.quantisation, level.side, backend=self.backend, work=self.work
@@ -246,6 +215,8 @@ def register(
     region: Geometry | None = None,
     backend: str = "auto",
     threads: int = 2,
+    block_mb: float = BLOCK_MB,
+    affine: bool = False,
     progress: Progress | None = None,
     cancel: Cancel | None = None,
 ) -> DeedsResult:
@@ -264,8 +235,11 @@ def register(
         preset: a name of PRESETS, or a Preset of one's own.
         spacing: of the isotropic working grid, mm (2 mm: CrossSAM).
         region: box of the fixed space to register; the fixed volume's where None.
-        backend: 'auto', 'numba' or 'numpy'.
-        threads: 2 runs both directions at once, 1 one after the other (half the peak memory).
+        backend: 'auto', 'numba', 'numpy' or 'torch:DEVICE' (descriptors, costs and messages on that device).
+        threads: 2 runs both directions at once, 1 one after the other (half the peak memory). Where memory does not
+            suffice for 2, 1 is tried.
+        block_mb: bound on the search window that a direction copies at once.
+        affine: improve A by an affine step first, kept where it lowers the mean Hamming distance of the descriptors.
         progress: told about each level.
         cancel: asked about ten times a second.
 
@@ -292,12 +266,19 @@ def register(
             check_cancel(cancel)
             images.append(prepare(name, volume, mask, grid, transform))
         check_overlap(*images)
+        linear = initial or Affine.identity()
+        if affine:
+            report(progress, "deeds affine", 0.0)
+            step = affine_step(*images, grid, backend, processor_backend(backend), CancelWork(cancel))[0]
+            if step is not None:
+                linear = Affine(linear.matrix @ step.matrix)
+                images[1] = prepare("moving", moving, moving_mask, grid, linear)
+            report(progress, "deeds affine", 1.0)
         clock["prepare"] = time.perf_counter()
-        solver = _Solver(*images, levels, preset, backend, max(1, min(int(threads), 2)), progress, cancel)
-        forward, backward = solver.run()
+        solver, dense = _solve(images, levels, preset, backend, threads, block_mb, progress, cancel)
         clock["levels"] = time.perf_counter()
         report(progress, "deeds result", 0.0)
-        result = _finish(grid, images, forward, backward, backend, cancel)
+        result = finish(grid, images, *dense, processor_backend(backend), cancel)
     except MemoryError as error:
         raise out_of_memory(grid.shape) from error
     clock["finish"] = time.perf_counter()
@@ -305,53 +286,38 @@ def register(
     seconds = {name: after - before for name, before, after in zip(list(clock)[1:], times, times[1:])}
     seconds["total"] = times[-1] - times[0]
     report(progress, "deeds result", 1.0)
-    return DeedsResult(**result, levels=solver.reports, seconds=seconds, preset=preset.name, backend=backend)
+    return DeedsResult(
+        **result, linear=linear, levels=solver.reports, seconds=seconds, preset=preset.name, backend=solver.backend
+    )
 
 
-def _finish(
-    grid: Geometry, images: list[Image], forward: np.ndarray, backward: np.ndarray, backend: str, cancel: Cancel | None
-) -> dict:
-    """The field in millimetres and the statistics of the result."""
-    spacing = float(grid.spacing[0])
-    work = _CancelWork(cancel)
-    fixed, moving = images
-    _, reached = fields.warp(moving.values, moving.valid, forward, work=work, backend=backend)
-    body = fixed.valid & reached
-    work.check()
-    determinant = fields.jacobian_determinant(forward, backend=backend)
-    work.check()
-    inside = determinant[body] if body.any() else determinant.ravel()
-    return {
-        "field": DisplacementField(_to_mm(forward, spacing), grid),
-        "jacobian": {
-            "min": float(inside.min()),
-            "max": float(inside.max()),
-            "folding": float(np.mean(inside <= 0)),
-            "folding_grid": float(np.mean(determinant <= 0)),
-        },
-        "overlap": float(np.count_nonzero(body) / max(np.count_nonzero(fixed.valid), 1)),
-        "consistency_mm": fields.consistency(forward, backward, backend=backend) * spacing,
-    }
+def _solve(
+    images: list[Image], levels: tuple[Level, ...], preset: Preset, backend: str, threads: int, block_mb: float,
+    progress: Progress | None, cancel: Cancel | None,
+) -> tuple[_Solver, tuple[np.ndarray, np.ndarray]]:  # fmt: skip
+    """Solve; where memory does not suffice, one direction after the other, and then off the device."""
+    threads = max(1, min(int(threads), 2))
+    attempts = [(backend, threads, block_mb), (backend, 1, min(block_mb, _SMALL_BLOCK_MB))]
+    if processor_backend(backend) != backend:
+        attempts.append((processor_backend(backend), 1, min(block_mb, _SMALL_BLOCK_MB)))
+    for number, attempt in enumerate(attempts):
+        solver = _Solver(*images, levels, preset, *attempt, progress, cancel)
+        try:
+            return solver, solver.run()
+        except (MemoryError, RuntimeError) as error:
+            if not _is_out_of_memory(error):
+                raise
+            if number + 1 == len(attempts):
+                raise MemoryError from error
+            following = attempts[number + 1]
+            logger.warning(
+                "not enough memory for DEEDS with %s and %d threads: trying %s with %d thread, which takes longer",
+                *attempt[:2], *following[:2],
+            )  # fmt: skip
+    raise AssertionError("an attempt either returns or raises")
 
 
-class _CancelWork(Work):
-    """Work of the calling thread itself, which can ask the user directly."""
-
-    def __init__(self, cancel: Cancel | None) -> None:
-        super().__init__()
-        self._cancel = cancel
-
-    def check(self) -> None:
-        """Raise CancelledError where the user asked to stop."""
-        check_cancel(self._cancel)
-
-
-def _to_mm(dense: np.ndarray, spacing: float) -> np.ndarray:
-    """(3, Z, Y, X) voxels in z, y, x order to (Z, Y, X, 3) millimetres in x, y, z order (identity direction)."""
-    return np.ascontiguousarray(np.moveaxis(dense[::-1], 0, -1) * np.float32(spacing), dtype=np.float32)
-
-
-def _to_voxels(field: DisplacementField) -> np.ndarray:
-    """The reverse of `_to_mm`."""
-    spacing = np.float32(field.geometry.spacing[0])
-    return np.ascontiguousarray(np.moveaxis(field.vectors, -1, 0)[::-1] / spacing, dtype=np.float32)
+def _is_out_of_memory(error: BaseException) -> bool:
+    """Whether an error says that memory is exhausted; torch's own kinds are known by name, since it may be absent."""
+    words = f"{type(error).__name__} {error}".lower()
+    return isinstance(error, MemoryError) or "outofmemory" in words or "out of memory" in words

@@ -8,7 +8,8 @@ import numpy as np
 from scipy.sparse import coo_matrix, csr_matrix
 from scipy.sparse.csgraph import breadth_first_order, minimum_spanning_tree
 
-from uae.deeds.backend import Work, numba_kernels, resolve_backend
+from uae.deeds import device
+from uae.deeds.backend import Work, numba_kernels, resolve_backend, torch_device
 from uae.deeds.cost import ControlGrid
 
 _CHUNK_STEPS = 50_000_000
@@ -128,7 +129,7 @@ def propagate(
         tree: spanning tree of the N nodes.
         inherited: (N, 3) displacement that the search starts from, z, y, x, in quantisation steps.
         side: labels along one axis.
-        backend: 'auto', 'numba' or 'numpy'; the labels are equal.
+        backend: 'auto', 'numba', 'numpy' or 'torch:DEVICE'; the labels are equal.
         work: told about finished steps (3 side^4 a node), and asked whether to stop.
 
     Returns:
@@ -140,8 +141,12 @@ def propagate(
     inherited = np.asarray(inherited, np.float64)
     delta[child] = inherited[tree.parent[child]] - inherited[child]
     minima = np.zeros(len(tree.parent), np.float32)
-    function = _propagate_numba if resolve_backend(backend) == "numba" else _propagate_numpy
-    chosen = function(cost, tree, delta, side, minima, work)
+    backend = resolve_backend(backend)
+    if torch_device(backend) is not None:
+        chosen = device.propagate(cost, tree, delta, side, minima, work, torch_device(backend))
+    else:
+        function = _propagate_numba if backend == "numba" else _propagate_numpy
+        chosen = function(cost, tree, delta, side, minima, work)
     path = np.ones(len(tree.parent))
     for first, last in zip(tree.starts[1:-1], tree.starts[2:]):
         nodes = tree.order[first:last]

@@ -47,8 +47,9 @@ class RegisterOptions:
 
     affine: affine instead of rigid. deformable: add DEEDS. refine: mutual information inside the overlap.
     margin_voxels: 2 mm voxels around the overlap in the deformable step (10: the paper's first round).
-    preset: of the deformable solver. fixed_mask, moving_mask: images > 0 where the scans count.
-    device, memory_mb, cache: of the embedding. threads: of the deformable solver (1 halves its memory).
+    preset: of the deformable solver. affine_start: first improve the linear part by its affine step.
+    fixed_mask, moving_mask: images > 0 where the scans count.
+    device: of embedding and solver. memory_mb, cache: of the embedding. threads: of the deformable solver (1 halves its memory).
     n_points, seed: of the matching.
     """
 
@@ -57,6 +58,7 @@ class RegisterOptions:
     refine: bool = True
     margin_voxels: float = 10
     preset: str = "after-rigid"
+    affine_start: bool = False
     fixed_mask: Volume | None = None
     moving_mask: Volume | None = None
     device: str = "auto"
@@ -147,6 +149,10 @@ def register(
     options = options or RegisterOptions()
     _check_mask("fixed", options.fixed_mask, fixed)
     _check_mask("moving", options.moving_mask, moving)
+    if options.deformable:
+        from uae.deeds.warm import warm_up_in_background
+
+        warm_up_in_background()  # nobody waits for the compiler while the scans are embedded
     clock = _Clock()
     embeddings = []
     for name, volume in (("fixed", fixed), ("moving", moving)):
@@ -217,6 +223,8 @@ def deform(
     moving_mask: Volume | None = None,
     margin_voxels: float = 10,
     threads: int = 2,
+    affine: bool = False,
+    device: str = "cpu",
     progress: Progress | None = None,
     cancel: Cancel | None = None,
 ) -> RegistrationResult:
@@ -231,6 +239,8 @@ def deform(
         moving_mask: the same for the moving scan.
         margin_voxels: 2 mm voxels around the overlap.
         threads: of the solver.
+        affine: improve `initial` by an affine step first, kept where the descriptors agree better.
+        device: of the solver, as `uae.device.resolve_device` takes it.
         progress: told the solver's stages.
         cancel: asked inside them.
 
@@ -248,13 +258,15 @@ def deform(
     _check_mask("fixed", fixed_mask, fixed)
     _check_mask("moving", moving_mask, moving)
     options = RegisterOptions(
-        margin_voxels=margin_voxels, preset=preset, fixed_mask=fixed_mask, moving_mask=moving_mask, threads=threads
-    )
+        margin_voxels=margin_voxels, preset=preset, fixed_mask=fixed_mask, moving_mask=moving_mask, threads=threads,
+        affine_start=affine, device=device,
+    )  # fmt: skip
     reason = "deformed from the given transform; no matches were asked whether it is right"
     result = RegistrationResult(REVIEW, reason, fixed, moving, linear, affine=not isinstance(linear, Rigid))
     clock = _Clock()
     with clock.stage("deform"):
         figures = _deform(result, options, None, progress, cancel)
+    linear = result.linear
     points = overlap_points(fixed.geometry, moving.geometry, linear)
     # Without an embedding there is no body: the share is that of the smaller scan's box.
     smaller = min(g.voxel_volume_mm3 * np.prod(g.size) for g in (fixed.geometry, moving.geometry))
@@ -360,9 +372,14 @@ def _deform(
         preset=options.preset,
         region=region,
         threads=options.threads,
+        affine=options.affine_start,
+        backend=_solver_backend(options.device),
         progress=progress,
         cancel=cancel,
     )
+    if options.affine_start and not np.array_equal(found.linear.matrix, linear.matrix):
+        linear = result.linear = found.linear
+        result.affine = True
     check_cancel(cancel)
     report(progress, "taper", 0.0)
     tapered = taper(found.field, linear, moving.geometry, fixed.geometry, options.fixed_mask, options.moving_mask)
@@ -375,6 +392,16 @@ def _deform(
         _review(result, f"{100 * jacobian['folding']:.1f} % of the body folds in the deformable part")
     report(progress, "taper", 1.0)
     return _deformable_figures(result, found, tapered.width_mm, tapered.folding_outside, jacobian)
+
+
+def _solver_backend(device: str) -> str:
+    """The solver runs on a GPU where the embedding does, else by its compiled kernels."""
+    if device == "cpu":
+        return "auto"
+    from uae.device import resolve_device
+
+    name = str(resolve_device(device))
+    return f"torch:{name}" if name.startswith("cuda") else "auto"
 
 
 def _deformable_figures(
