@@ -72,7 +72,8 @@ def test_deeds_cost_is_exact_for_every_level_of_the_presets(step, radius, quanti
             inside = np.clip(targets, 0, np.array(shape) - 1)
             other = there[tuple(inside.T)]
             own = here[tuple(places.T)]
-            distance = np.abs(own - np.where((inside != targets).any(axis=1)[:, None] & (border == "neutral"), 3, other))
+            outside = (inside != targets).any(axis=1)[:, None] & (border == "neutral")
+            distance = np.abs(own - np.where(outside, 3, other))
             known = (own != 3).any(axis=1) | (border == "edge")
             expected = 0.5 * step / (1.6 * quantisation) * (distance.sum(axis=1) * known).mean()
             label = np.ravel_multi_index(tuple(shift + radius), (level.side,) * 3)
@@ -268,7 +269,7 @@ def write(path, array, origin=(0.0, 0.0, 0.0)):
 
 @pytest.mark.parametrize(
     ("case", "word"),
-    [("constant", "all voxels have the value"), ("nan", "NaN"), ("far", "overlap"), ("tiny", "too small"), ("mask", "empty")],
+    [("constant", "all voxels have"), ("nan", "NaN"), ("far", "overlap"), ("tiny", "too small"), ("mask", "empty")],
 )
 def test_deeds_bad_input_on_the_command_line_writes_nothing(case, word, tmp_path, capsys):
     good = texture((30, 28, 32))
@@ -294,3 +295,16 @@ def test_deeds_bad_input_on_the_command_line_writes_nothing(case, word, tmp_path
 def test_deeds_unknown_torch_device_is_refused(moved):
     with pytest.raises(InputError, match="backend"):
         deeds.register(*moved, backend="torch:abacus")
+
+
+def test_deeds_folds_outside_the_overlap_lower_the_verdict(moved, monkeypatch):
+    from dataclasses import replace
+
+    from uae.registration import pipeline
+
+    real = pipeline.taper
+    monkeypatch.setattr(pipeline, "taper", lambda *args: replace(real(*args), folding_outside=7))
+    result = deform(*moved)
+    assert result.status == "review"
+    assert "folds at 7 nodes" in result.reason
+    assert result.report["deformable"]["folding_outside_overlap_nodes"] == 7

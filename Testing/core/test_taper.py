@@ -5,7 +5,7 @@ import pytest
 import SimpleITK as sitk
 from scipy.spatial import cKDTree
 
-from uae.errors import NoConfidentResultError
+from uae.errors import NoConfidentResultError, ResourceError
 from uae.geometry import Geometry
 from uae.registration.taper import minimum_determinant, taper
 from uae.transform import Composite, DisplacementField, Rigid, write_transform
@@ -120,3 +120,21 @@ def test_geometry_taper_file_carries_points_in_simpleitk(case, tmp_path):
     expected = Composite([result.field, linear]).apply(points)
     seen = np.array([chain.TransformPoint(p.tolist()) for p in points])
     np.testing.assert_allclose(seen, expected, atol=0.01)
+
+
+def test_geometry_taper_is_shortened_where_its_grid_would_be_too_large(case, monkeypatch, caplog):
+    field, linear, moving, fixed, result = case
+    monkeypatch.setattr("uae.registration.taper.MAX_NODES", int(0.7 * np.prod(result.field.geometry.shape)))
+    shorter = taper(field, linear, moving, fixed)
+    assert 20.0 <= shorter.width_mm < result.width_mm
+    assert np.prod(shorter.field.geometry.shape) <= 0.7 * np.prod(result.field.geometry.shape)
+    assert "too much memory" in caplog.text
+    for axis in range(3):
+        assert not np.take(shorter.field.vectors, [0, -1], axis=axis).any()
+
+
+def test_geometry_taper_refuses_a_grid_that_cannot_be_held(case, monkeypatch):
+    field, linear, moving, fixed, _ = case
+    monkeypatch.setattr("uae.registration.taper.MAX_NODES", 10)
+    with pytest.raises(ResourceError, match="smaller margin"):
+        taper(field, linear, moving, fixed)

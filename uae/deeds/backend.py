@@ -62,7 +62,11 @@ def torch_device(name: str) -> str | None:
 
 
 class Memory:
-    """Arrays by name that one search uses again at every level: fresh memory costs a page fault every 4 KB."""
+    """Arrays by name that one search uses again at every level: fresh memory costs a page fault every 4 KB.
+
+    Two names are shared by arrays that are never needed together: "image" (the warped image, then the fixed words) and
+    "scratch" (box sums, then the search window).
+    """
 
     def __init__(self) -> None:
         self._arrays: dict[str, np.ndarray] = {}

@@ -13,8 +13,8 @@ from uae.deeds.mind import NEUTRAL_WORD, popcount
 from uae.deeds.presets import Level, Preset
 
 _CHUNK_COMPARISONS = 50_000_000
-BLOCK_MB = 80.0
-"""Search window of one direction that is copied at once: half a pair of six million voxels at reach 40."""
+BLOCK_MB = 50.0
+"""Search window of one direction that is copied at once: a third of a pair of six million voxels at reach 40."""
 
 
 @dataclass(frozen=True)
@@ -167,14 +167,14 @@ def _rows_numba(
     nz, ny, nx = block.counts
     z0, y0, x0 = block.offset
     width = -(-nx // kernels.NODES) * kernels.NODES
-    here = memory.array("here", (nz * step, ny * step, step, width), np.uint64)
+    here = memory.array("image", (nz * step, ny * step, step, width), np.uint64)
     # A fixed voxel without a word of its own must cost nothing; with replicated borders there is none.
     masked = block.neutral and bool((fixed == NEUTRAL_WORD).any())
     mask = memory.array("mask", here.shape if masked else (0,) * 4, np.uint64)
     kernels.unfold(fixed, z0, y0, x0, False, NEUTRAL_WORD, here, mask)
     work.check()
     wide = width + -(-2 * reach // step) + 1
-    there = memory.array("there", (nz * step + 2 * reach, ny * step + 2 * reach, step, wide), np.uint64)
+    there = memory.array("scratch", (nz * step + 2 * reach, ny * step + 2 * reach, step, wide), np.uint64)
     no_mask = np.empty((0,) * 4, np.uint64)
     kernels.unfold(moving, z0 - reach, y0 - reach, x0 - reach, not block.neutral, NEUTRAL_WORD, there, no_mask)
     work.check()

@@ -140,7 +140,7 @@ def warp(
         (warped image, warped validity or None). A place outside the volume is not valid.
     """
     memory = memory or Memory()
-    warped = memory.array("warped", image.shape, np.float32)
+    warped = memory.array("image", image.shape, np.float32)
     none = np.empty((0, 0, 0), bool)
     warped_valid = none if valid is None else memory.array("warped valid", image.shape, bool)
     for slab in _slabs(image.shape, work):

@@ -34,7 +34,7 @@ _CHANNELS = (
 )
 # exp(-value) is compared with (c + 1.5) / 6 without computing it.
 _THRESHOLDS = np.array([-np.log((c + 1.5) / 6.0) for c in range(5)], dtype=np.float32)
-_SLAB_VOXELS = 1_000_000
+_SLAB_VOXELS = 600_000
 
 
 def mind_ssc(
@@ -85,7 +85,7 @@ def _slab_numba(image: np.ndarray, q: int, first: int, last: int, words: np.ndar
     kernels = numba_kernels()
     # Channels are read up to q planes below, never above.
     low = max(first - q, 0)
-    box = memory.array("box", (len(_PAIRS), last - low, *image.shape[1:]), np.float32)
+    box = memory.array("scratch", (len(_PAIRS), last - low, *image.shape[1:]), np.float32)
     squares = memory.array("squares", (2 * q + 1, *image.shape[1:]), np.float32)
     for pair, offset in enumerate(_PAIRS):
         kernels.ssd_planes(image, *(q * value for value in offset), q, low, last, squares, box[pair])

@@ -49,7 +49,8 @@ class RegisterOptions:
     margin_voxels: 2 mm voxels around the overlap in the deformable step (10: the paper's first round).
     preset: of the deformable solver. affine_start: first improve the linear part by its affine step.
     fixed_mask, moving_mask: images > 0 where the scans count.
-    device: of embedding and solver. memory_mb, cache: of the embedding. threads: of the deformable solver (1 halves its memory).
+    device: of embedding and solver. memory_mb, cache: of the embedding.
+    threads: of the deformable solver (1 halves its memory).
     n_points, seed: of the matching.
     """
 
@@ -390,6 +391,8 @@ def _deform(
     jacobian = jacobian_statistics(tapered.field, in_body if in_body.any() else tapered.overlap)
     if jacobian["folding"] > MAX_FOLDING:
         _review(result, f"{100 * jacobian['folding']:.1f} % of the body folds in the deformable part")
+    if tapered.folding_outside:
+        _review(result, f"the deformable part folds at {tapered.folding_outside} nodes outside the overlap")
     report(progress, "taper", 1.0)
     return _deformable_figures(result, found, tapered.width_mm, tapered.folding_outside, jacobian)
 

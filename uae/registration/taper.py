@@ -13,7 +13,7 @@ import numpy as np
 import SimpleITK as sitk
 from scipy import ndimage
 
-from uae.errors import NoConfidentResultError
+from uae.errors import NoConfidentResultError, ResourceError
 from uae.geometry import Geometry
 from uae.registration.masks import inside
 from uae.transform import Affine, DisplacementField
@@ -27,7 +27,7 @@ ATTEMPTS = ((1.0, 0.0), (1.0, 24.0), (1.5, 24.0))
 """(factor on the width, smoothing in mm of the extension), tried in turn until nothing folds. A longer taper cures what
 moves far; smoothing cures gaps of the overlap whose two sides move against each other, where no width can help."""
 MAX_NODES = 40_000_000
-"""Of a lengthened grid: about 2 GB while it is computed."""
+"""Of the padded grid: about 2 GB while it is computed."""
 RELAXATIONS = 6
 REPAIR_REACHES = (3, 6, 12)
 """Nodes around a fold that are smoothed again, in turn."""
@@ -150,6 +150,21 @@ def _padded_nodes(geometry: Geometry, overlap: np.ndarray, width: float) -> int:
     return int(np.prod(ends[:, 1] - ends[:, 0] + 1 + 2 * pad))
 
 
+def _affordable_width(geometry: Geometry, overlap: np.ndarray, width: float) -> float:
+    """`width`, or the largest smaller one (in steps of a twentieth) whose padded grid has at most MAX_NODES.
+
+    Raises:
+        ResourceError: not even the smallest width of the contract fits.
+    """
+    for share in np.linspace(1.0, 0.0, 21):
+        narrower = max(MIN_WIDTH_MM, float(share) * width)
+        if _padded_nodes(geometry, overlap, narrower) <= MAX_NODES:
+            if narrower < width:
+                log.warning("taper: %.0f mm would need too much memory, %.0f mm are used", width, narrower)
+            return narrower
+    raise ResourceError("the deformation's grid is too large to be written; use masks or a smaller margin")
+
+
 def _padded(field: DisplacementField, overlap: np.ndarray, width: float) -> tuple[np.ndarray, np.ndarray, Geometry]:
     """Vectors, overlap and geometry cropped to the overlap's box and padded on all sides by `width` mm and one node."""
     geometry = field.geometry
@@ -232,7 +247,7 @@ def taper(
 
     The width is max(20 mm, 4 x the largest displacement at the overlap's rim); it is lengthened, and the outside
     smoothed (see ATTEMPTS), until det(I + grad u) > 0 there. Where the rim of the given field folds by itself nothing
-    helps; such nodes are counted in `folding_outside`.
+    helps; such nodes are counted in `folding_outside`. Where the grid would exceed MAX_NODES the width is shortened.
 
     Args:
         field: untapered u of x_moving = R(x + u(x)), mm.
@@ -244,6 +259,7 @@ def taper(
 
     Raises:
         NoConfidentResultError: there is no overlap at all.
+        ResourceError: the grid is too large whatever the width.
     """
     overlap = overlap_mask(field, linear, moving, fixed, fixed_mask, moving_mask)
     if not overlap.any():
@@ -253,7 +269,7 @@ def taper(
     overlap = ndimage.binary_dilation(overlap, np.ones((3, 3, 3)))
     rim = overlap & ~ndimage.binary_erosion(overlap)  # nodes on the grid's border count as rim
     largest = float(np.linalg.norm(field.vectors[rim], axis=1).max())
-    first_width = max(MIN_WIDTH_MM, RIM_FACTOR * largest)
+    first_width = _affordable_width(field.geometry, overlap, max(MIN_WIDTH_MM, RIM_FACTOR * largest))
     best = None
     for factor, smoothing in ATTEMPTS:
         if best is not None and _padded_nodes(field.geometry, overlap, factor * first_width) > MAX_NODES:
