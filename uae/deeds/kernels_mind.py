@@ -5,13 +5,53 @@ from __future__ import annotations
 import numpy as np
 
 from uae.deeds.compiled import compile_kernel
+from uae.deeds.vector import FLOATS
+from uae.deeds.vector import quantise as _quantise
 
 
 @compile_kernel
-def _add_rows(source: np.ndarray, target: np.ndarray) -> None:
-    """Add source to target, elementwise over rows of equal length."""
-    for x in range(target.shape[0]):
-        target[x] += source[x]
+def _sum_3(a: np.ndarray, b: np.ndarray, c: np.ndarray, out: np.ndarray) -> None:
+    for x in range(out.shape[0]):
+        out[x] = a[x] + b[x] + c[x]
+
+
+@compile_kernel
+def _sum_5(a: np.ndarray, b: np.ndarray, c: np.ndarray, d: np.ndarray, e: np.ndarray, out: np.ndarray) -> None:
+    for x in range(out.shape[0]):
+        out[x] = a[x] + b[x] + c[x] + d[x] + e[x]
+
+
+@compile_kernel
+def _sum_7(
+    a: np.ndarray, b: np.ndarray, c: np.ndarray, d: np.ndarray, e: np.ndarray, f: np.ndarray, g: np.ndarray,
+    out: np.ndarray,
+) -> None:  # fmt: skip
+    for x in range(out.shape[0]):
+        out[x] = a[x] + b[x] + c[x] + d[x] + e[x] + f[x] + g[x]
+
+
+@compile_kernel
+def _sum_ring(rows: np.ndarray, first: int, last: int, out: np.ndarray) -> None:
+    """Elementwise sum of the rows first..last-1, which stand in a ring, added up in their order."""
+    ring, count = rows.shape[0], last - first
+    if count == 3:
+        _sum_3(rows[first % ring], rows[(first + 1) % ring], rows[(first + 2) % ring], out)
+    elif count == 5:
+        _sum_5(
+            rows[first % ring], rows[(first + 1) % ring], rows[(first + 2) % ring], rows[(first + 3) % ring],
+            rows[(first + 4) % ring], out,
+        )  # fmt: skip
+    elif count == 7:
+        _sum_7(
+            rows[first % ring], rows[(first + 1) % ring], rows[(first + 2) % ring], rows[(first + 3) % ring],
+            rows[(first + 4) % ring], rows[(first + 5) % ring], rows[(first + 6) % ring], out,
+        )  # fmt: skip
+    else:
+        out[:] = np.float32(0)
+        for number in range(first, last):
+            row = rows[number % ring]
+            for x in range(out.shape[0]):
+                out[x] += row[x]
 
 
 @compile_kernel
@@ -34,7 +74,8 @@ def ssd_planes(
     nz, ny, nx = image.shape
     x_low, x_high = max(0, -dx), max(min(nx, nx - dx), max(0, -dx))
     column = np.empty((ny, nx), np.float32)
-    line = np.empty(nx, np.float32)
+    line = np.zeros(nx + 2 * q, np.float32)  # its ends stay 0
+    shifts = np.empty((2 * q + 1, nx), np.float32)
     ring = squares.shape[0]
     made = max(first - q, 0)
     for z in range(first, last):
@@ -50,19 +91,25 @@ def ssd_planes(
                         difference = there[x] - here[x]
                         row[x] = difference * difference
             made += 1
-        column[:] = np.float32(0)
-        for source in range(max(z - q, 0), min(z + q + 1, nz)):
-            _add_rows(squares[source % ring].reshape(-1), column.reshape(-1))
+        _sum_ring(squares.reshape(ring, ny * nx), max(z - q, 0), min(z + q + 1, nz), column.reshape(-1))
         for y in range(ny):
-            line[:] = np.float32(0)
-            for source in range(max(y - q, 0), min(y + q + 1, ny)):
-                _add_rows(column[source], line)
+            _sum_ring(column, max(y - q, 0), min(y + q + 1, ny), line[q : q + nx])
             target = box[z - first, y]
-            target[:] = np.float32(0)
-            for shift in range(-q, q + 1):
-                low, high = max(0, -shift), min(nx, nx - shift)
-                if low < high:
-                    _add_rows(line[low + shift : high + shift], target[low:high])
+            if q == 1:
+                _sum_3(line[:nx], line[1 : 1 + nx], line[2 : 2 + nx], target)
+            elif q == 2:
+                _sum_5(
+                    line[:nx], line[1 : 1 + nx], line[2 : 2 + nx], line[3 : 3 + nx], line[4 : 4 + nx], target
+                )
+            elif q == 3:
+                _sum_7(
+                    line[:nx], line[1 : 1 + nx], line[2 : 2 + nx], line[3 : 3 + nx], line[4 : 4 + nx],
+                    line[5 : 5 + nx], line[6 : 6 + nx], target,
+                )  # fmt: skip
+            else:
+                for shift in range(2 * q + 1):
+                    shifts[shift] = line[shift : shift + nx]
+                _sum_ring(shifts, 0, 2 * q + 1, target)
 
 
 @compile_kernel
@@ -83,54 +130,29 @@ def mind_words(
         out: (Z, Y, X) uint64.
     """
     nz, ny, nx = out.shape
-    values = np.empty((12, nx), np.float32)
-    least, noise = np.empty(nx, np.float32), np.empty(nx, np.float32)
-    limits = np.empty((5, nx), np.float32)
-    thirds = np.empty((3, nx), np.float32)
-    twelve, floor, zero = np.float32(12), np.float32(1e-6), np.float32(0)
-    bits = (np.float32(1), np.float32(2), np.float32(4), np.float32(8), np.float32(16))
+    padded = max(nx, FLOATS)
+    values = np.zeros((12, padded), np.float32)
+    words = np.zeros(padded, np.uint64)
+    rows = np.empty(12, np.int64)
+    narrow = nx < FLOATS
     for z in range(first, last):
         for y in range(ny):
             for channel in range(12):
                 az, ay, dx = z + anchors[channel, 0], y + anchors[channel, 1], anchors[channel, 2]
-                home = box[pairs[channel], z - box_first, y]
-                values[channel] = home
+                inside = 0 <= az < nz and 0 <= ay < ny
+                if dx == 0 and not narrow:
+                    source = box[pairs[channel], (az if inside else z) - box_first, ay if inside else y]
+                    rows[channel] = source.ctypes.data
+                    continue
+                # Near the ends of the row the voxel itself is read: such rows are put together first.
+                target = values[channel]
+                target[:nx] = box[pairs[channel], z - box_first, y]
                 low, high = max(0, -dx), min(nx, nx - dx)
-                if 0 <= az < nz and 0 <= ay < ny and low < high:
-                    values[channel, low:high] = box[pairs[channel], az - box_first, ay, low + dx : high + dx]
-            least[:] = values[0]
-            for channel in range(1, 12):
-                row = values[channel]
-                for x in range(nx):
-                    least[x] = row[x] if row[x] < least[x] else least[x]
-            noise[:] = np.float32(0)
-            for channel in range(12):
-                row = values[channel]
-                for x in range(nx):
-                    row[x] -= least[x]
-                    noise[x] += row[x]
-            for x in range(nx):
-                mean = noise[x] / twelve
-                noise[x] = mean if mean > floor else floor
-            for number in range(5):
-                limit = limits[number]
-                for x in range(nx):
-                    limit[x] = thresholds[number] * noise[x]
-            # Codes of four channels are collected as one float, exactly: float32 lanes stay narrow, integers do not.
-            thirds[:] = zero
-            a, b, c, d, e = limits[0], limits[1], limits[2], limits[3], limits[4]
-            for channel in range(12):
-                row, third = values[channel], thirds[channel // 4]
-                scale = np.float32(32 ** (channel % 4))
-                for x in range(nx):
-                    value = row[x]
-                    code = bits[0] if value < a[x] else zero
-                    code += bits[1] if value < b[x] else zero
-                    code += bits[2] if value < c[x] else zero
-                    code += bits[3] if value < d[x] else zero
-                    code += bits[4] if value < e[x] else zero
-                    third[x] += code * scale
-            words, low, middle, high = out[z, y], thirds[0], thirds[1], thirds[2]
-            for x in range(nx):
-                word = np.int64(low[x]) | (np.int64(middle[x]) << 20) | (np.int64(high[x]) << 40)
-                words[x] = np.uint64(word)
+                if inside and low < high:
+                    target[low:high] = box[pairs[channel], az - box_first, ay, low + dx : high + dx]
+                rows[channel] = target.ctypes.data
+            place = words.ctypes.data if narrow else out[z, y].ctypes.data
+            for x in range(0, padded, FLOATS):
+                _quantise(rows.ctypes.data, thresholds.ctypes.data, place, min(x, padded - FLOATS))
+            if narrow:
+                out[z, y, :] = words[:nx]

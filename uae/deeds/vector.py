@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
+import numpy as np
 from llvmlite import binding, ir
 from numba import types
 from numba.extending import intrinsic
@@ -17,6 +18,8 @@ from numba.extending import intrinsic
 NODES = 8
 """Control points of one block: two AVX2 or one AVX-512 register of 64-bit sums."""
 FLOATS = 8
+_FLOOR = float(np.float32(1e-6))
+"""Least mean of the twelve distances (deedsBCV)."""
 _WORD = ir.IntType(64)
 _PREFETCH = "llvm.prefetch.p0" if binding.llvm_version_info[0] >= 17 else "llvm.prefetch.p0i8"
 """Older versions name the type a pointer points to."""
@@ -109,6 +112,13 @@ def prefetch(typing_context: Any, address: Any) -> tuple:
     return types.void(types.int64), generate
 
 
+def _spread_lanes(builder: Any, one: Any) -> Any:
+    """A float in all FLOATS lanes."""
+    empty = ir.Constant(ir.VectorType(ir.FloatType(), FLOATS), ir.Undefined)
+    zeros = ir.Constant(ir.VectorType(ir.IntType(32), FLOATS), [0] * FLOATS)
+    return builder.shuffle_vector(builder.insert_element(empty, one, ir.IntType(32)(0)), empty, zeros)
+
+
 def _least_sums(parts: int) -> Callable:
     """Intrinsic: out[r] = min over c of source[c * stride + r] + weight[c], for FLOATS * parts values of r.
 
@@ -123,10 +133,7 @@ def _least_sums(parts: int) -> Callable:
         def sums(index: Any) -> list:
             address = builder.add(weight, builder.mul(index, _WORD(4)))
             one = builder.load(builder.inttoptr(address, number.as_pointer()), align=4)
-            lane = builder.insert_element(ir.Constant(kind, ir.Undefined), one, ir.IntType(32)(0))
-            spread = builder.shuffle_vector(
-                lane, ir.Constant(kind, ir.Undefined), ir.Constant(ir.VectorType(ir.IntType(32), FLOATS), [0] * FLOATS)
-            )
+            spread = _spread_lanes(builder, one)
             start = builder.add(source, builder.mul(builder.mul(index, stride), _WORD(4)))
             values = []
             for part in range(parts):
@@ -172,3 +179,54 @@ def _least_sums(parts: int) -> Callable:
 
 
 least_sums_4, least_sums_1 = _least_sums(4), _least_sums(1)
+
+
+@intrinsic
+def quantise(typing_context: Any, rows: Any, thresholds: Any, out: Any, first: Any) -> tuple:
+    """Descriptor words of FLOATS voxels from the twelve distances of each, all in registers.
+
+    Arguments: address of twelve row addresses (float32), of five thresholds (float32, decreasing), of the row of words,
+    and the first voxel. Subtract the least, divide the thresholds' side by the mean, and set a bit for each threshold
+    that a value stays below; the order of the additions is that of the numpy version.
+    """
+    floats, integers = ir.VectorType(ir.FloatType(), FLOATS), ir.VectorType(ir.IntType(32), FLOATS)
+    words = ir.VectorType(_WORD, FLOATS)
+
+    def constant(kind: Any, value: float) -> Any:
+        return ir.Constant(kind, [value] * FLOATS)
+
+    def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+        table, limits_at, target, start = arguments
+        values = []
+        for channel in range(12):
+            row = builder.add(_load(builder, table, _WORD(channel), _WORD), builder.mul(start, _WORD(4)))
+            values.append(builder.load(builder.inttoptr(row, floats.as_pointer()), align=4))
+        least = values[0]
+        for value in values[1:]:
+            least = builder.select(builder.fcmp_ordered("<", value, least), value, least)
+        values = [builder.fsub(value, least) for value in values]
+        noise = values[0]
+        for value in values[1:]:
+            noise = builder.fadd(noise, value)
+        noise = builder.fdiv(noise, constant(floats, 12.0))
+        floor = constant(floats, _FLOOR)
+        noise = builder.select(builder.fcmp_ordered(">", noise, floor), noise, floor)
+        limits = []
+        for number in range(5):
+            address = builder.inttoptr(builder.add(limits_at, _WORD(4 * number)), ir.FloatType().as_pointer())
+            limits.append(builder.fmul(_spread_lanes(builder, builder.load(address, align=4)), noise))
+        halves = []
+        for half in (values[:6], values[6:]):
+            code = constant(integers, 0)
+            for channel, value in enumerate(half):
+                for bit, limit in enumerate(limits):
+                    mark = constant(integers, 1 << (5 * channel + bit))
+                    below = builder.fcmp_ordered("<", value, limit)
+                    code = builder.or_(code, builder.select(below, mark, constant(integers, 0)))
+            halves.append(builder.zext(code, words))
+        found = builder.or_(halves[0], builder.shl(halves[1], constant(words, 30)))
+        place = builder.add(target, builder.mul(start, _WORD(8)))
+        builder.store(found, builder.inttoptr(place, words.as_pointer()), align=8)
+        return context.get_dummy_value()
+
+    return types.void(*[types.int64] * 4), generate
