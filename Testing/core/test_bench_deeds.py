@@ -105,3 +105,19 @@ def test_deeds_bench_refuses_what_it_does_not_know(tmp_path):
         bench.run_deeds_bench(pairs=["knee"])
     with pytest.raises(InputError, match="no program deedsBCV"):
         bench.run_deeds_bench(original=tmp_path)
+
+
+def test_deeds_bench_report_holds_the_figures_and_a_picture(tmp_path):
+    from uae.bench.deeds_report import write_report
+
+    figures = {"tre_mm": 1.25, "p95_mm": 2.5, "seconds": 3.5, "folding": 0, "peak_mb": 900.4}
+    rows = {"lung": {"initial_tre_mm": 4.0, "shape": [4, 5, 6], "default": figures}}
+    sizes = {"s": {"voxels": 1e6, "seconds": 2.0, "peak_mb": 1}, "l": {"voxels": 8e6, "seconds": 16.0, "peak_mb": 2}}
+    meta = {"systems": ["default"], "processors": 2, "processor": "test", "threads": 2, "repeats": 1}
+    files = write_report(bench.summarise(rows, sizes, meta), tmp_path)
+    assert [file.name for file in files] == ["deeds.md", "deeds_scaling.png"]
+    text = files[0].read_text()
+    assert "| `default` | 1.25 | 2.5 | 0 | 3.5 | - | 900 |" in text
+    assert "6x5x4 voxels" in text
+    assert "log voxels: 1.00" in text
+    assert files[1].stat().st_size > 1000

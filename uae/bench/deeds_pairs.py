@@ -81,9 +81,7 @@ def _bspline(grid: Geometry, body: np.ndarray, rms_mm: float, knot_mm: float, se
     raise InputError(f"no deformation of {rms_mm} mm with knots of {knot_mm} mm without folds; use larger knots")
 
 
-def _points(
-    grid: Geometry, to_fixed: DisplacementField, body: np.ndarray, seed: int
-) -> tuple[np.ndarray, np.ndarray]:
+def _points(grid: Geometry, to_fixed: DisplacementField, body: np.ndarray, seed: int) -> tuple[np.ndarray, np.ndarray]:
     """Body voxels of the moving image and their places in the fixed image, (N, 3) mm each."""
     moving = grid.grid_points_mm()
     fixed = to_fixed.apply(moving)

@@ -63,6 +63,7 @@ def add_commands(commands: argparse._SubParsersAction) -> None:
     solver.add_argument("--presets", type=_names, default=["faithful", "default"], metavar="A,B", help="which presets")
     solver.add_argument("--repeats", type=int, default=3, metavar="N", help="runs of each; the median time counts")
     solver.add_argument("--scaling", action="store_true", help="also time synthetic pairs up to a whole torso")
+    solver.add_argument("--report", metavar="DIR", help="also write deeds.md and its picture there")
 
 
 def run_train(arguments: argparse.Namespace, session: Session) -> int:
@@ -134,7 +135,7 @@ def _names(text: str) -> list[str]:
 def _bench_deeds(arguments: argparse.Namespace, session: Session, output: Path) -> dict[str, Any]:
     from uae.bench.deeds import run_deeds_bench
 
-    return run_deeds_bench(
+    result = run_deeds_bench(
         data_dir=arguments.data,
         quick=arguments.quick,
         json_path=output,
@@ -146,6 +147,12 @@ def _bench_deeds(arguments: argparse.Namespace, session: Session, output: Path) 
         scaling=arguments.scaling,
         progress=session.progress,
     )
+    if arguments.report:
+        from uae.bench.deeds_report import write_report
+
+        for file in write_report(result, arguments.report):
+            session.say(f"written: {file}")
+    return result
 
 
 def _bench_embedding(arguments: argparse.Namespace, session: Session, output: Path) -> dict[str, Any]:

@@ -19,7 +19,6 @@ if TYPE_CHECKING:
     from uae.deeds.tree import Tree
 
 
-
 def _slices(size: int, shift: int) -> tuple[slice, slice]:
     """Places that stay in a line of `size` when moved by `shift`, and where they go."""
     low, high = max(0, -shift), max(max(0, -shift), min(size, size - shift))

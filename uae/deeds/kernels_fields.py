@@ -173,9 +173,7 @@ def sample(field: np.ndarray, coordinates: np.ndarray, margin: int, cubic: bool,
 
 
 @compile_kernel
-def invert_planes(
-    dense: np.ndarray, first: int, last: int, tolerance: float, rounds: int, inverse: np.ndarray
-) -> None:
+def invert_planes(dense: np.ndarray, first: int, last: int, tolerance: float, rounds: int, inverse: np.ndarray) -> None:
     """Fixed-point inversion v <- -u(x + v) of the planes first..last-1, in place.
 
     Args:

@@ -98,9 +98,7 @@ def ssd_planes(
             if q == 1:
                 _sum_3(line[:nx], line[1 : 1 + nx], line[2 : 2 + nx], target)
             elif q == 2:
-                _sum_5(
-                    line[:nx], line[1 : 1 + nx], line[2 : 2 + nx], line[3 : 3 + nx], line[4 : 4 + nx], target
-                )
+                _sum_5(line[:nx], line[1 : 1 + nx], line[2 : 2 + nx], line[3 : 3 + nx], line[4 : 4 + nx], target)
             elif q == 3:
                 _sum_7(
                     line[:nx], line[1 : 1 + nx], line[2 : 2 + nx], line[3 : 3 + nx], line[4 : 4 + nx],

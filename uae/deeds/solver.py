@@ -158,9 +158,7 @@ class _Solver:
         self.work.check()
         other, valid, memory = direction.other.values, self.validity(direction.other), direction.memory
         if warped:
-            other, valid = fields.warp(
-                other, valid, direction.displacement, grid, self.work, self.cpu, memory
-            )
+            other, valid = fields.warp(other, valid, direction.displacement, grid, self.work, self.cpu, memory)
         words = mind_ssc(other, level.mind_step, valid=valid, backend=self.backend, memory=memory, work=self.work)
         base = direction.descriptors(level.mind_step, self)
         return data_cost(
