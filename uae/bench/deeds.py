@@ -182,24 +182,31 @@ def accuracy(field: DisplacementField, pair: DeedsPair) -> dict[str, float]:
     return {"tre_mm": float(errors.mean()), "p95_mm": float(np.percentile(errors, 95)), "folding": folding}
 
 
+_WATCH = """
+import resource, subprocess, sys
+code = subprocess.run(sys.argv[2:]).returncode
+open(sys.argv[1], "w").write(str(resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss))
+sys.exit(code)
+"""
+"""A small process between: a child starts with its parent's peak memory, and this one has lately made a pair."""
+
+
 def _timed(command: Sequence[str], environment: Mapping[str, str], what: str) -> tuple[str, float, float | None]:
     """Output, seconds and peak memory (MB, None where the system does not tell) of a process."""
-    start = time.perf_counter()
-    with tempfile.TemporaryFile() as log:
-        process = subprocess.Popen(command, env={**os.environ, **environment}, stdout=log, stderr=subprocess.STDOUT)
-        if hasattr(os, "wait4"):
-            _, status, usage = os.wait4(process.pid, 0)
-            process.returncode = os.waitstatus_to_exitcode(status)
-            peak = usage.ru_maxrss / (1e6 if sys.platform == "darwin" else 1e3 / 1.024)
-        else:
-            process.wait()
-            peak = None
+    with tempfile.TemporaryDirectory(prefix="uae-bench-") as folder:
+        watch = [] if os.name == "nt" else [sys.executable, "-c", _WATCH, str(Path(folder) / "peak")]
+        start = time.perf_counter()
+        done = subprocess.run(
+            [*watch, *command], env={**os.environ, **environment}, stdout=subprocess.PIPE, stderr=subprocess.STDOUT
+        )
         seconds = time.perf_counter() - start
-        log.seek(0)
-        output = log.read().decode(errors="replace")
-    if process.returncode:
-        raise ResourceError(f"{what} failed with code {process.returncode}: {output.strip()[-300:]}")
-    return output, seconds, peak
+        output = done.stdout.decode(errors="replace")
+        if done.returncode:
+            raise ResourceError(f"{what} failed with code {done.returncode}: {output.strip()[-300:]}")
+        if not watch:
+            return output, seconds, None
+        unit = 1.0 if sys.platform == "darwin" else 1024.0
+        return output, seconds, int((Path(folder) / "peak").read_text()) * unit / 1e6
 
 
 def _run_ours(

@@ -54,8 +54,8 @@ def _text(result: Mapping[str, Any], with_picture: bool) -> str:
         f"{meta['repeats']} runs in turn (median).",
         "",
         "Six pairs of our own making, the truth known at every voxel: simulated MR of the two validation CTs with two "
-        "deformation sizes, a chest CT in another breath, and the CT and T1 head templates (test data: only reported, no "
-        "setting chosen on it; the templates' own anatomies differ, which counts as error for every system). TRE: "
+        "deformation sizes, a chest CT in another breath, and the CT and T1 head templates (test data: only reported, "
+        "no setting chosen on it; the templates' own anatomies differ, which counts as error for every system). TRE: "
         "mean over body voxels of the moving image. Seconds: of the registration without reading and writing, as each "
         "program tells them. Ratio: deedsBCV's seconds by ours, paired; over the pairs the geometric mean. Folding: "
         "highest share of body voxels with a Jacobian <= 0. Peak: of the whole process, MB, the highest.",

@@ -13,8 +13,8 @@ from uae.deeds.mind import NEUTRAL_WORD, popcount
 from uae.deeds.presets import Level, Preset
 
 _CHUNK_COMPARISONS = 50_000_000
-BLOCK_MB = 50.0
-"""Search window of one direction that is copied at once: a third of a pair of six million voxels at reach 40."""
+BLOCK_MB = 30.0
+"""Search window of one direction that is copied at once: a fifth of a pair of six million voxels at reach 40."""
 
 
 @dataclass(frozen=True)
