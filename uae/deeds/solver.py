@@ -44,6 +44,7 @@ class _Direction:
     def descriptors(self, q: int, solver: _Solver) -> np.ndarray:
         """Words of the base image; only those of the last q are kept."""
         if q not in self.words:
+            self.words.clear()  # the old ones are not needed while the new ones are made
             self.words = {
                 q: mind_ssc(
                     self.base.values, q, valid=solver.validity(self.base), backend=solver.backend, work=solver.work

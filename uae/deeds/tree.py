@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 import numpy as np
@@ -96,7 +97,10 @@ def build_tree(image: np.ndarray, grid: ControlGrid, backend: str = "auto") -> T
     The weight of an edge is exp(-difference / (2 std(image))): motion may break where the anatomy changes (deedsBCV).
     """
     differences = block_differences(image, grid, backend)
-    deviation = max(float(np.std(image, dtype=np.float64)), 1e-12)
+    mean = float(image.mean(dtype=np.float64))
+    # Plane by plane: numpy's own float64 deviation would hold two copies of the image, twice as wide.
+    squares = sum(float(np.square(plane - mean, dtype=np.float64).sum()) for plane in image)
+    deviation = max(math.sqrt(squares / image.size), 1e-12)
     order = np.random.default_rng(0).random(differences.shape)
     spanning = minimum_spanning_tree(_graph(differences + TIE * deviation * order, grid))
     root = int(np.ravel_multi_index(tuple(count // 2 for count in grid.counts), grid.counts))
