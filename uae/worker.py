@@ -7,7 +7,6 @@ mapping of plain values, fit for JSON.
 from __future__ import annotations
 
 import logging
-import math
 import os
 import time
 from collections import OrderedDict
@@ -18,6 +17,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from uae.errors import InputError
+from uae.json_values import plain
 from uae.progress import Cancel, Progress, report
 
 if TYPE_CHECKING:
@@ -43,19 +43,13 @@ GUIDED = ("auto", "guided")
 
 @dataclass
 class _Pair:
-    """A prepared pair: what it was made from, the scans' own embeddings, their relation, and what was answered."""
+    """A prepared pair: what it was made from, the scans' relation, and what was answered."""
 
     key: tuple[Any, ...]
-    template: Embedding
-    query: Embedding
     used: tuple[Any, Any]
     relation: Relation
     model: Model
     answer: dict[str, Any]
-
-    @property
-    def trusted(self) -> bool:
-        return self.relation.found.verdict != "refused"
 
 
 @dataclass
@@ -203,7 +197,7 @@ class Worker:
             "seconds": seconds,
         }
         used = tuple((*request, model.sha256) for request in asked)
-        self._pairs[name] = _Pair(key, *embedded, used, relation, model, plain(answer))
+        self._pairs[name] = _Pair(key, used, relation, model, plain(answer))
         self._forget_unused()
         return answer
 
@@ -257,7 +251,7 @@ class Worker:
         pair = self._pair(call)
         points, _ = _points_and_labels({"points": [call.values.get("point")]})
         output = call.text("output")
-        similarity_map(pair.template, pair.query, points[0]).write(output)
+        similarity_map(*pair.relation.seen, points[0]).write(output)
         return {"pair": call.values["pair"], "output": output}
 
     def _forget(self, call: _Call) -> dict[str, Any]:
@@ -285,7 +279,7 @@ def _match_all(
     from uae.matching import inside_scan, match_points
 
     found, guided = pair.relation.found, method in (*GUIDED, "guided-nearest")
-    seen = (pair.relation.fixed, pair.relation.moving) if guided and pair.trusted else (pair.template, pair.query)
+    seen = pair.relation.seen if guided else pair.relation.own
     # match_points would refuse a point outside, and with it all others
     inside = inside_scan(seen[0], points)
     matches: list[Match] = []
@@ -399,16 +393,3 @@ def _watch_fallback() -> Iterator[list[str]]:
 
 def _model_facts(model: Model) -> dict[str, str]:
     return {"name": model.name, "version": model.version, "sha256": model.sha256}
-
-
-def plain(value: Any) -> Any:
-    """The value with arrays as lists, numpy's numbers as Python's, and non-finite ones as None, as JSON needs it."""
-    if isinstance(value, Mapping):
-        return {str(key): plain(item) for key, item in value.items()}
-    if isinstance(value, (list, tuple)):
-        return [plain(item) for item in value]
-    if hasattr(value, "tolist"):
-        return plain(value.tolist())
-    if isinstance(value, float) and not math.isfinite(value):
-        return None
-    return value

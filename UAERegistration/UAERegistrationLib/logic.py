@@ -300,7 +300,11 @@ class UAERegistrationLogic:
     def _run(self) -> None:
         job = self._job
         self.runner.start(
-            [*job.arguments, "--device", job.device], self._onLine, self._onProcessEnded, job.onLog or logger.debug
+            [*job.arguments, "--device", job.device],
+            self._onLine,
+            self._onProcessEnded,
+            job.onLog or logger.debug,
+            job.folder.name,
         )
 
     def _onLine(self, record: dict[str, Any]) -> None:
