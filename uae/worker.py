@@ -148,12 +148,15 @@ class Worker:
 
     def _prepare(self, call: _Call) -> dict[str, Any]:
         """Embed both scans and find their prior alignment: its verdict, matrix, and what it was found with."""
-        from uae.device import describe_device, resolve_device
+        import numpy as np
+
+        from uae.device import describe_device, expected_cpu_time, resolve_device
         from uae.models import default_model
         from uae.registration.relate import relate
 
         name = call.text("pair")
-        device = _usable_device(str(call.values.get("device") or self.device))
+        asked_device = str(call.values.get("device") or self.device)
+        device = _usable_device(asked_device)
         wanted = call.values.get("model") or self.model
         asked = [_scan_request(call.values, role) for role in ("template", "query")]
         key = (wanted, device, *asked)
@@ -162,6 +165,9 @@ class Worker:
         start = time.perf_counter()
         report(call.progress, "read", 0.0)
         volumes = [_read(request, role) for request, role in zip(asked, ("template", "query"), strict=True)]
+        if device != asked_device:
+            million = sum(float(np.prod(volume.geometry.extent_mm)) for volume in volumes) / 8e6
+            logger.warning("on the CPU the embeddings take %s", expected_cpu_time(million))
         model = self._loaded(wanted or default_model(volumes[0].modality, volumes[1].modality))
         seconds = {"read": time.perf_counter() - start}
         with _watch_fallback() as fallback:
@@ -368,7 +374,7 @@ def _usable_device(name: str) -> str:
     except InputError as error:
         if not name.startswith("cuda"):
             raise
-        logger.warning("%s; the CPU is used, which takes longer", str(error).partition(";")[0])
+        logger.warning("%s; the CPU is used", str(error).partition(";")[0])
         return "cpu"
     return name
 
