@@ -30,6 +30,12 @@ logger = logging.getLogger(__name__)
 GRACE_S = 3.0
 """Time that a cancelled child has to remove what it has half written, before it is killed."""
 LOG_CHARACTERS = 20_000
+ROOT = str(Path(uae.__file__).resolve().parents[1])
+PROGRAM = (
+    "import sys; sys.path.insert(0, sys.argv[1]); from uae.child import run; sys.exit(run(sys.argv[2], sys.argv[3:]))"
+)
+"""The running `uae` comes first: PythonSlicer, a launcher, puts its own folders before PYTHONPATH."""
+
 OnLine = Callable[[dict[str, Any]], None]
 OnLog = Callable[[str], None]
 OnFinished = Callable[[int], None]
@@ -52,9 +58,8 @@ def python_program() -> str:
 
 
 def child_environment() -> dict[str, str]:
-    """Variables that a child needs beyond the inherited ones: the running `uae` first on its path, and UTF-8."""
-    root = str(Path(uae.__file__).resolve().parents[1])
-    paths = [root, *filter(None, os.environ.get("PYTHONPATH", "").split(os.pathsep))]
+    """Variables that a child needs beyond the inherited ones: the running `uae` on its path, and UTF-8."""
+    paths = [ROOT, *filter(None, os.environ.get("PYTHONPATH", "").split(os.pathsep))]
     return {
         "PYTHONPATH": os.pathsep.join(dict.fromkeys(paths)),
         "PYTHONSAFEPATH": "1",  # a folder `uae` where the application was started must not come before it
@@ -128,7 +133,7 @@ class Runner:
         self.log, self.cancelled, self.exit_code, self._child_pid = "", False, None, None
         self._rest = {"out": b"", "err": b""}
         self._on_line, self._on_finished, self._on_log = on_line, on_finished, on_log
-        self._start(python_program(), ["-m", "uae.child", str(folder), *map(str, arguments)])
+        self._start(python_program(), ["-c", PROGRAM, ROOT, str(folder), *map(str, arguments)])
 
     def write(self, line: str) -> None:
         """Send one line to the child's standard input.

@@ -54,7 +54,3 @@ def _watch(folder: str) -> None:
 def _remove(folder: str) -> None:
     if folder:
         shutil.rmtree(folder, ignore_errors=True)
-
-
-if __name__ == "__main__":
-    sys.exit(run(sys.argv[1], sys.argv[2:]))

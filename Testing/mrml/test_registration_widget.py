@@ -15,9 +15,10 @@ from UAECommonLib.mrml import add_volume
 @pytest.fixture
 def widget(application, monkeypatch):
     """The panel of an opened module."""
+    from UAECommonLib import panel as shared
     from UAERegistrationLib import widget as module
 
-    monkeypatch.setattr(module, "list_devices", lambda found: found({"cpu": "cpu (test)", "cuda:0": "cuda:0 (test)"}))
+    monkeypatch.setattr(shared, "list_devices", lambda found: found({"cpu": "cpu (test)", "cuda:0": "cuda:0 (test)"}))
     panel = module.UAERegistrationWidget()
     panel.setup()
     yield panel
@@ -72,7 +73,6 @@ def test_choices_are_kept_in_the_scene(widget, headless, tmp_path):
     assert (parameters.preset.value, parameters.device, parameters.resample) == ("deformable", "cuda:0", True)
     assert parameters.fixedVolume is fixed and parameters.movingModality.value == "mr"
     headless.load_scene(headless.save_scene(tmp_path / "scene.mrb"))
-    widget.onSceneImported()
     assert widget.parameters.preset.value == "deformable" and widget.parameters.fixedVolume is headless.node("CT")
     assert widget.ui.fixedSelector.currentNode() is headless.node("CT")
     assert widget.ui.deviceComboBox.currentData == "cuda:0" and widget.ui.resampleCheckBox.checked

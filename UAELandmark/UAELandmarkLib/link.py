@@ -236,7 +236,7 @@ def make_link(scene: Any, template: Any, query: Any, points: Any, node: Any = No
     """
     if node is None:
         name = scene.GenerateUniqueName(f"{points.GetName()} in {query.GetName()}")
-        node = scene.AddNewNodeByClass("vtkMRMLMarkupsFiducialNode", name)
+        node = _add_points(scene, name, points)
     node.SetUndoEnabled(True)
     node.CreateDefaultDisplayNodes()
     display = node.GetDisplayNode()
@@ -252,6 +252,16 @@ def make_link(scene: Any, template: Any, query: Any, points: Any, node: Any = No
     link = Link(scene, node.GetID())
     link.live = live
     return link
+
+
+def _add_points(scene: Any, name: str, template_points: Any) -> Any:
+    """A new point list that does not become the one into which the user's clicks go, as new lists do."""
+    selection = scene.GetNodeByID("vtkMRMLSelectionNodeSingleton")
+    before = selection.GetActivePlaceNodeID() if selection is not None else None
+    node = scene.AddNewNodeByClass("vtkMRMLMarkupsFiducialNode", name)
+    if selection is not None and selection.GetActivePlaceNodeID() == node.GetID():
+        selection.SetReferenceActivePlaceNodeID(before or template_points.GetID())
+    return node
 
 
 def find_links(scene: Any) -> list[Link]:
