@@ -5,14 +5,16 @@ from __future__ import annotations
 import hashlib
 import json
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
-import SimpleITK as sitk
 import vtk
 from vtk.util.numpy_support import numpy_to_vtk, vtk_to_numpy
 
 from UAECommonLib.errors import UnsuitableNodeError
+
+if TYPE_CHECKING:
+    import SimpleITK as sitk
 
 __all__ = [
     "add_volume", "array_of", "as_ras", "check_linear_parents", "fingerprint", "flip_matrix", "flip_points",
@@ -128,6 +130,8 @@ def write_volume(volume: Any, path: str | Path, top: Any = None) -> None:
     Raises:
         UnsuitableNodeError: a parent is non-linear, the axes are sheared, or the node holds no grey image.
     """
+    import SimpleITK as sitk
+
     voxels = array_of(volume)
     image = sitk.GetImageFromArray(voxels)
     _set_geometry(image, ijk_to_world_lps(volume, top), volume.GetName())
@@ -144,6 +148,8 @@ def write_roi_mask(roi: Any, path: str | Path) -> None:
     Raises:
         UnsuitableNodeError: it has no extent, or lies under a non-linear or shearing parent.
     """
+    import SimpleITK as sitk
+
     check_linear_parents(roi)
     size = np.array(roi.GetSize())
     if np.any(size <= 0):
@@ -207,6 +213,8 @@ def add_volume(scene: Any, image: sitk.Image, name: str, label: bool = False) ->
     Returns:
         The volume node, without a parent.
     """
+    import SimpleITK as sitk
+
     kind = "vtkMRMLLabelMapVolumeNode" if label else "vtkMRMLScalarVolumeNode"
     node = scene.AddNewNodeByClass(kind, scene.GenerateUniqueName(name))
     voxels = np.ascontiguousarray(sitk.GetArrayFromImage(image))
@@ -228,6 +236,7 @@ def grid_transform(field: sitk.Image) -> Any:
     Returns:
         slicer.vtkOrientedGridTransform; it is a transform FROM parent (fixed to moving).
     """
+    import SimpleITK as sitk
     import slicer
 
     vectors = sitk.GetArrayFromImage(field).astype(np.float64) * (-1.0, -1.0, 1.0)

@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
+import qt
 import slicer
 import vtk
 from slicer.i18n import tr as _
@@ -116,7 +117,9 @@ class Panel(ScriptedLoadableModuleWidget, VTKObservationMixin):
         self.parameters = parameters
         if parameters is not None:
             self._guiTag = parameters.connectGui(self.ui)
-            self.addObserver(parameters.parameterNode, vtk.vtkCommand.ModifiedEvent, self.updateGui)
+            # after the wrapper's own observers, which take over what changed
+            node, event = parameters.parameterNode, vtk.vtkCommand.ModifiedEvent
+            self.addObserver(node, event, self.updateGui, priority=-1.0)
             self._updating = True
             try:
                 self.connected()
@@ -149,6 +152,11 @@ class Panel(ScriptedLoadableModuleWidget, VTKObservationMixin):
             logger.debug("shown to the user: %s", error)
         finally:
             self.updateGui()
+
+    @staticmethod
+    def say(text: str, title: str) -> None:
+        """One dialog, opened from the event loop: a child process that just ended is still telling about it."""
+        qt.QTimer.singleShot(0, lambda: slicer.util.errorDisplay(text, windowTitle=title))
 
     def offerTorch(self) -> None:
         """Ask whether a missing PyTorch may be installed.

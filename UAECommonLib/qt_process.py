@@ -18,6 +18,7 @@ class QtRunner(Runner):
     def __init__(self) -> None:
         super().__init__()
         self._process: Any = None
+        self._ended_process: Any = None
 
     @property
     def running(self) -> bool:
@@ -55,9 +56,9 @@ class QtRunner(Runner):
         if self._process is None:
             return
         self._read()
-        process, self._process = self._process, None
+        # PythonQt deletes a process with its last name, and it is still telling that it ended
+        self._ended_process, self._process = self._process, None
         slicer.app.disconnect("aboutToQuit()", self.kill)
-        process.deleteLater()
         self._ended(int(exit_code))
 
     def write(self, line: str) -> None:

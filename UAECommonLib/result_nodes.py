@@ -9,10 +9,9 @@ from __future__ import annotations
 import json
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
-import SimpleITK as sitk
 
 from UAECommonLib.errors import SceneChangedError, UnsuitableNodeError
 from UAECommonLib.mrml import (
@@ -27,6 +26,9 @@ from UAECommonLib.mrml import (
     vtk_matrix,
     world_matrix,
 )
+
+if TYPE_CHECKING:
+    import SimpleITK as sitk
 
 __all__ = [
     "OUTDATED", "ResultFiles", "ResultNodes", "find_results", "mark_outdated", "nodes_of", "note_region",
@@ -102,6 +104,8 @@ def read_result(folder: str | Path, with_image: bool = False) -> ResultFiles:
     Raises:
         InputError: a file is missing or damaged.
     """
+    import SimpleITK as sitk
+
     from uae.errors import InputError
     from uae.transform_io import read_transform
 

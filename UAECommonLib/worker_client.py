@@ -136,9 +136,11 @@ class WorkerClient:
         }
         return self.request("match", pair, values, **callbacks)
 
-    def similarity_map(self, pair: str, point: Sequence[float], output: str, **callbacks: Any) -> int:
-        """Write the similarity of one template point (LPS mm) to every place of the query."""
-        values = {"pair": pair, "point": [float(value) for value in point], "output": output}
+    def similarity_map(
+        self, pair: str, point: Sequence[float], output: str, method: str = "auto", **callbacks: Any
+    ) -> int:
+        """Write the similarity of one template point (LPS mm) to every place of the query, as the method sees it."""
+        values = {"pair": pair, "point": [float(value) for value in point], "output": output, "method": method}
         return self.request("similarity_map", pair, values, **callbacks)
 
     def request(self, command: str, pair: str | None, values: dict[str, Any], **callbacks: Any) -> int:

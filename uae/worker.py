@@ -38,7 +38,7 @@ UNUSED_EMBEDDINGS = 2
 """Embeddings kept that no prepared pair uses: the template of the next pair is often the last one's."""
 
 METHODS = ("auto", "fixed-point", "guided", "nearest")
-GUIDED = ("auto", "guided")
+GUIDED = ("auto", "guided", "guided-nearest")
 
 
 @dataclass
@@ -50,6 +50,10 @@ class _Pair:
     relation: Relation
     model: Model
     answer: dict[str, Any]
+
+    def seen_by(self, method: str) -> tuple[Embedding, Embedding]:
+        """The embeddings that a matching method compares."""
+        return self.relation.seen if method in GUIDED else self.relation.own
 
 
 @dataclass
@@ -103,7 +107,7 @@ class Worker:
                 * prepare: pair (any name), template and query, each {path, modality}; model and device where these are
                   not to be the loaded ones. Embeds both and relates them.
                 * match: pair, points (N x 3), labels, method (auto, guided, fixed-point, nearest), side.
-                * similarity_map: pair, point, output (an image file).
+                * similarity_map: pair, point, method, output (an image file).
                 * forget: pair.
             progress: told stage and fraction.
             partial: told the nearest-neighbour answer of a `match` before the better one.
@@ -237,9 +241,7 @@ class Worker:
         """Match points of the template: the nearest neighbours go to `partial`, the asked method is returned."""
         pair = self._pair(call)
         points, labels = _points_and_labels(call.values)
-        method, side = call.values.get("method") or "auto", call.values.get("side", 5)
-        if method not in METHODS:
-            raise InputError(f"unknown matching method {method!r}; use one of {', '.join(METHODS)}")
+        method, side = _method(call), call.values.get("side", 5)
         if isinstance(side, bool) or not isinstance(side, int) or side < 1 or side % 2 == 0:
             raise InputError(f"side {side!r}: give an odd number of cells, such as 5")
         quick = "guided-nearest" if method in GUIDED else "nearest"
@@ -257,7 +259,7 @@ class Worker:
         pair = self._pair(call)
         points, _ = _points_and_labels({"points": [call.values.get("point")]})
         output = call.text("output")
-        similarity_map(*pair.relation.seen, points[0]).write(output)
+        similarity_map(*pair.seen_by(_method(call)), points[0]).write(output)
         return {"pair": call.values["pair"], "output": output}
 
     def _forget(self, call: _Call) -> dict[str, Any]:
@@ -284,8 +286,7 @@ def _match_all(
     """Matches of points (N, 3) LPS mm, in order; a point outside the template scan gets no place, and the reason."""
     from uae.matching import inside_scan, match_points
 
-    found, guided = pair.relation.found, method in (*GUIDED, "guided-nearest")
-    seen = pair.relation.seen if guided else pair.relation.own
+    found, seen, guided = pair.relation.found, pair.seen_by(method), method in GUIDED
     # match_points would refuse a point outside, and with it all others
     inside = inside_scan(seen[0], points)
     matches: list[Match] = []
@@ -304,6 +305,13 @@ def _match_all(
         )
     answers = iter(matches)
     return [_match_facts(next(answers)) if ok else _outside(label) for label, ok in zip(labels, inside, strict=True)]
+
+
+def _method(call: _Call) -> str:
+    method = call.values.get("method") or "auto"
+    if method not in METHODS:
+        raise InputError(f"unknown matching method {method!r}; use one of {', '.join(METHODS)}")
+    return method
 
 
 def _match_facts(match: Match) -> dict[str, Any]:

@@ -41,6 +41,8 @@ class Application:
         )
         patch.setattr(slicer, "app", app, raising=False)
         patch.setattr(slicer, "modules", SimpleNamespace(), raising=False)
+        place = SimpleNamespace(ForcePlaceMultipleMarkups=2)
+        patch.setattr(slicer, "qSlicerMarkupsPlaceWidget", place, raising=False)
         for name, function in {
             "mainWindow": lambda: None,
             "loadUI": lambda path: Panel(path),
@@ -48,6 +50,7 @@ class Application:
             "tryWithErrorDisplay": self._try,
             "errorDisplay": lambda text, **_: self.errors.append(text),
             "confirmOkCancelDisplay": lambda *_, **__: self.answers.pop(0) if self.answers else True,
+            "resetSliceViews": lambda: self.layers.update(reset=True),
             "setSliceViewerLayers": lambda **layers: self.layers.update(layers),
         }.items():
             patch.setattr(slicer.util, name, function)

@@ -29,7 +29,7 @@ PROPERTIES: dict[str, dict[str, Any]] = {
     "QPlainTextEdit": {"plainText": "", "readOnly": False},
     "QTextBrowser": {"html": "", "plainText": "", "openExternalLinks": False},
     "QTableWidget": {"rowCount": 0, "columnCount": 0},
-    "qSlicerMarkupsPlaceWidget": {"placeModeEnabled": False},
+    "qSlicerMarkupsPlaceWidget": {"placeModeEnabled": False, "placeMultipleMarkups": 0},
     "qMRMLCheckableNodeComboBox": {"nodeTypes": (), "noneEnabled": False, "showChildNodeTypes": True},
     "ctkCollapsibleButton": {"text": "", "collapsed": False},
     "ctkPathLineEdit": {"currentPath": "", "filters": "", "nameFilters": (), "settingKey": ""},
@@ -261,6 +261,10 @@ class Timer(Emitter):
 
     def setSingleShot(self, single: bool) -> None:
         self.singleShot = single
+
+    @staticmethod
+    def singleShot(_milliseconds: int, call: Callable[[], None]) -> None:
+        call()
 
     def start(self, *_milliseconds: int) -> None:
         self.active = True

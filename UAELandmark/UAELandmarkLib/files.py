@@ -5,8 +5,6 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-import SimpleITK as sitk
-
 from uae.errors import InputError
 from UAECommonLib.i18n import _
 from UAECommonLib.mrml import add_volume, flip_points
@@ -84,6 +82,8 @@ def show_map(link: Link, file: Path, label: str) -> Any:
     Returns:
         The volume node.
     """
+    import SimpleITK as sitk
+
     image = sitk.ReadImage(str(file))
     file.unlink(missing_ok=True)
     query, earlier = link.reference(QUERY), link.reference(MAP)

@@ -237,10 +237,11 @@ def make_link(scene: Any, template: Any, query: Any, points: Any, node: Any = No
     if node is None:
         name = scene.GenerateUniqueName(f"{points.GetName()} in {query.GetName()}")
         node = _add_points(scene, name, points)
+    points.SetUndoEnabled(True)
     node.SetUndoEnabled(True)
     node.CreateDefaultDisplayNodes()
     display = node.GetDisplayNode()
-    if display is not None:
+    if display is not None and node.GetAttribute(LINKED) is None:  # later colours are the user's
         display.SetSelectedColor(*CONFIDENT_COLOR)
         display.SetColor(*DOUBTFUL_COLOR)
     for role, other in ((TEMPLATE_POINTS, points), (TEMPLATE, template), (QUERY, query)):
@@ -258,8 +259,10 @@ def _add_points(scene: Any, name: str, template_points: Any) -> Any:
     """A new point list that does not become the one into which the user's clicks go, as new lists do."""
     selection = scene.GetNodeByID("vtkMRMLSelectionNodeSingleton")
     before = selection.GetActivePlaceNodeID() if selection is not None else None
+    kind = selection.GetActivePlaceNodeClassName() if selection is not None else None
     node = scene.AddNewNodeByClass("vtkMRMLMarkupsFiducialNode", name)
     if selection is not None and selection.GetActivePlaceNodeID() == node.GetID():
+        selection.SetReferenceActivePlaceNodeClassName(kind if before else template_points.GetClassName())
         selection.SetReferenceActivePlaceNodeID(before or template_points.GetID())
     return node
 

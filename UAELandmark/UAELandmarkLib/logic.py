@@ -324,7 +324,12 @@ class UAELandmarkLogic:
             self._preparation.tell(onDone, files.show_map(link, file, label))
 
         return self.client.similarity_map(
-            pair.name, point, str(file), on_result=done, on_error=lambda e: self._preparation.fail(onError, e)
+            pair.name,
+            point,
+            str(file),
+            method=link.method,
+            on_result=done,
+            on_error=lambda e: self._preparation.fail(onError, e),
         )
 
     def batch(

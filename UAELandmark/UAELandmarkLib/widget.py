@@ -46,7 +46,10 @@ class UAELandmarkWidget(Panel):
         self.ui.batchSelector.connect("checkedNodesChanged()", self.onBatchChecked)
         self.ui.exportButton.connect("clicked(bool)", self.onExport)
         self.ui.modelComboBox.connect("currentIndexChanged(int)", self.onModel)
+        # without it the application leaves place mode after the first point
+        self.ui.placeWidget.placeMultipleMarkups = slicer.qSlicerMarkupsPlaceWidget.ForcePlaceMultipleMarkups
         self._listModels()
+        self.logic.restoreLinks()
 
     def getParameters(self) -> Any:
         """The module's parameter node of the application's scene."""
@@ -175,9 +178,9 @@ class UAELandmarkWidget(Panel):
         """Say what went wrong; a cancelled work says nothing more."""
         self._request = None
         self.ui.statusLabel.text = str(error)
-        if not isinstance(error, CancelledError):
-            slicer.util.errorDisplay(str(error), windowTitle=_("Landmarks"))
         self.updateGui()
+        if not isinstance(error, CancelledError):
+            self.say(str(error), _("Landmarks"))
 
     def onJump(self, place: np.ndarray) -> None:
         """Bring the query's views to the point that was found."""

@@ -28,6 +28,7 @@ class UAERegistrationWidget(Panel):
     def build(self) -> None:
         """Make the logic and connect the panel's widgets."""
         self.logic = UAERegistrationLogic()
+        self.logic.afterSceneLoaded()
         self._flickerTimer = qt.QTimer()
         self._flickerTimer.setInterval(FLICKER_MS)
         self._flickerTimer.connect("timeout()", self._onFlicker)
@@ -145,7 +146,7 @@ class UAERegistrationWidget(Panel):
         else:
             self.ui.stageLabel.text = outcome.reason
             if outcome.status == "failed":
-                slicer.util.errorDisplay(outcome.reason, windowTitle=_("Registration"))
+                self.say(outcome.reason, _("Registration"))
 
     def onUndo(self, _checked: bool = False) -> None:
         """Give the moving scan its old place back."""
@@ -165,9 +166,9 @@ class UAERegistrationWidget(Panel):
     def onShowPair(self, _checked: bool = False) -> None:
         """Both scans in all slice views."""
         if self.parameters is not None and not self._missing():
-            compare_views.show_pair(
-                slicer.mrmlScene, self.parameters.fixedVolume, self.parameters.movingVolume, self.ui.blendSlider.value
-            )
+            fixed, moving = self.parameters.fixedVolume, self.parameters.movingVolume
+            if compare_views.show_pair(slicer.mrmlScene, fixed, moving, self.ui.blendSlider.value):
+                slicer.util.resetSliceViews()  # fits the scan; where it was shown already, the user's zoom stays
 
     def onBlend(self, opacity: float) -> None:
         """Opacity of the moving scan."""
