@@ -16,8 +16,8 @@ from UAECommonLib.errors import UnsuitableNodeError
 
 __all__ = [
     "add_volume", "array_of", "as_ras", "check_linear_parents", "fingerprint", "flip_matrix", "flip_points",
-    "grid_transform", "ijk_to_world_lps", "matrix_of", "parent_chain", "same_fingerprint", "vtk_matrix",
-    "world_matrix", "write_roi_mask", "write_volume",
+    "grid_transform", "ijk_to_world_lps", "matrix_of", "parent_chain", "roi_fingerprint", "same_fingerprint",
+    "vtk_matrix", "world_matrix", "write_roi_mask", "write_volume",
 ]  # fmt: skip
 
 FLIP = np.diag([-1.0, -1.0, 1.0, 1.0])
@@ -152,9 +152,22 @@ def write_roi_mask(roi: Any, path: str | Path) -> None:
     index_to_object = np.diag([*(size / count), 1.0])
     index_to_object[:3, 3] = (size / count - size) / 2
     image = sitk.GetImageFromArray(np.ones(count[::-1], dtype=np.uint8))
-    to_world = world_matrix(roi) @ matrix_of(roi.GetObjectToNodeMatrix())
-    _set_geometry(image, FLIP @ to_world @ index_to_object, roi.GetName())
+    _set_geometry(image, FLIP @ _roi_to_world(roi) @ index_to_object, roi.GetName())
     sitk.WriteImage(image, str(path), useCompression=True)
+
+
+def _roi_to_world(roi: Any) -> np.ndarray:
+    """(4, 4) from a markups ROI's own axes, with its centre as origin, to world RAS mm."""
+    return world_matrix(roi) @ matrix_of(roi.GetObjectToNodeMatrix())
+
+
+def roi_fingerprint(roi: Any) -> str:
+    """Text that tells where a markups ROI lies in the world and how large it is; see `same_fingerprint`.
+
+    Raises:
+        UnsuitableNodeError: some parent is not linear.
+    """
+    return json.dumps({"place": (_roi_to_world(roi) @ np.diag([*roi.GetSize(), 1.0])).round(6).tolist()})
 
 
 def _set_geometry(image: sitk.Image, index_to_lps: np.ndarray, name: str) -> None:

@@ -22,27 +22,28 @@ from UAECommonLib.mrml import (
     flip_matrix,
     grid_transform,
     parent_chain,
+    roi_fingerprint,
     same_fingerprint,
     vtk_matrix,
     world_matrix,
 )
 
 __all__ = [
-    "OUTDATED", "ResultFiles", "ResultNodes", "find_results", "mark_outdated", "nodes_of", "outdated_reason", "place",
-    "read_result", "show", "top_of", "undo", "use_linear_interpolation",
+    "OUTDATED", "ResultFiles", "ResultNodes", "find_results", "mark_outdated", "nodes_of", "note_region",
+    "outdated_reason", "place", "read_result", "show", "top_of", "undo", "use_linear_interpolation",
 ]  # fmt: skip
 
 FIXED, MOVING = "spatialRegistrationFixed", "spatialRegistrationMoving"
 """Slicer's own roles of the two scans of a transform node."""
-GRID, REPORT, IMAGE, CARRIER, MOVED, OLD_PARENT = (
-    "UAE.grid", "UAE.report", "UAE.image", "UAE.carrier", "UAE.moved", "UAE.oldParent",
+GRID, REPORT, IMAGE, CARRIER, MOVED, OLD_PARENT, ROI = (
+    "UAE.grid", "UAE.report", "UAE.image", "UAE.carrier", "UAE.moved", "UAE.oldParent", "UAE.region",
 )  # fmt: skip
 LINEAR = "vtkMRMLLinearTransformNode"
 KIND = "UAE.Registration"
 """Attribute of every node that a registration adds: linear, grid, copy, report or image."""
 OUTDATED = "UAE.Outdated"
 """Attribute of the linear node of a result whose inputs changed: what changed."""
-FIXED_PRINT, MOVING_PRINT = "UAE.FixedFingerprint", "UAE.MovingFingerprint"
+FIXED_PRINT, MOVING_PRINT, ROI_PRINT = "UAE.FixedFingerprint", "UAE.MovingFingerprint", "UAE.RegionFingerprint"
 
 
 @dataclass
@@ -300,6 +301,12 @@ def undo(scene: Any, linear: Any) -> None:
             scene.RemoveNode(node)
 
 
+def note_region(linear: Any, roi: Any, state: str) -> None:
+    """Note on a result which region it was limited to, and where that was (`roi_fingerprint`) when it began."""
+    linear.SetNodeReferenceID(ROI, roi.GetID())
+    linear.SetAttribute(ROI_PRINT, state)
+
+
 def outdated_reason(linear: Any) -> str:
     """What changed in the inputs of a result since it was made, in a few words; empty where nothing did."""
     marked = linear.GetAttribute(OUTDATED)
@@ -316,7 +323,20 @@ def outdated_reason(linear: Any) -> str:
             same = False
         if not same:
             return f"the {name} scan {node.GetName()} was changed or moved"
-    return ""
+    return _region_change(linear)
+
+
+def _region_change(linear: Any) -> str:
+    stored, roi = linear.GetAttribute(ROI_PRINT), linear.GetNodeReference(ROI)
+    if not stored:
+        return ""
+    if roi is None:
+        return "the region was removed"
+    try:
+        same = same_fingerprint(roi_fingerprint(roi), stored)
+    except UnsuitableNodeError:
+        same = False
+    return "" if same else f"the region {roi.GetName()} was changed or moved"
 
 
 def mark_outdated(linear: Any, reason: str) -> None:

@@ -7,7 +7,6 @@ mapping of plain values, fit for JSON.
 from __future__ import annotations
 
 import logging
-import math
 import os
 import time
 from collections import OrderedDict
@@ -18,6 +17,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from uae.errors import InputError
+from uae.json_values import plain
 from uae.progress import Cancel, Progress, report
 
 if TYPE_CHECKING:
@@ -43,19 +43,13 @@ GUIDED = ("auto", "guided")
 
 @dataclass
 class _Pair:
-    """A prepared pair: what it was made from, the scans' own embeddings, their relation, and what was answered."""
+    """A prepared pair: what it was made from, the scans' relation, and what was answered."""
 
     key: tuple[Any, ...]
-    template: Embedding
-    query: Embedding
     used: tuple[Any, Any]
     relation: Relation
     model: Model
     answer: dict[str, Any]
-
-    @property
-    def trusted(self) -> bool:
-        return self.relation.found.verdict != "refused"
 
 
 @dataclass
@@ -154,12 +148,15 @@ class Worker:
 
     def _prepare(self, call: _Call) -> dict[str, Any]:
         """Embed both scans and find their prior alignment: its verdict, matrix, and what it was found with."""
-        from uae.device import describe_device, resolve_device
+        import numpy as np
+
+        from uae.device import describe_device, expected_cpu_time, resolve_device
         from uae.models import default_model
         from uae.registration.relate import relate
 
         name = call.text("pair")
-        device = _usable_device(str(call.values.get("device") or self.device))
+        asked_device = str(call.values.get("device") or self.device)
+        device = _usable_device(asked_device)
         wanted = call.values.get("model") or self.model
         asked = [_scan_request(call.values, role) for role in ("template", "query")]
         key = (wanted, device, *asked)
@@ -168,6 +165,9 @@ class Worker:
         start = time.perf_counter()
         report(call.progress, "read", 0.0)
         volumes = [_read(request, role) for request, role in zip(asked, ("template", "query"), strict=True)]
+        if device != asked_device:
+            million = sum(float(np.prod(volume.geometry.extent_mm)) for volume in volumes) / 8e6
+            logger.warning("on the CPU the embeddings take %s", expected_cpu_time(million))
         model = self._loaded(wanted or default_model(volumes[0].modality, volumes[1].modality))
         seconds = {"read": time.perf_counter() - start}
         with _watch_fallback() as fallback:
@@ -203,7 +203,7 @@ class Worker:
             "seconds": seconds,
         }
         used = tuple((*request, model.sha256) for request in asked)
-        self._pairs[name] = _Pair(key, *embedded, used, relation, model, plain(answer))
+        self._pairs[name] = _Pair(key, used, relation, model, plain(answer))
         self._forget_unused()
         return answer
 
@@ -257,7 +257,7 @@ class Worker:
         pair = self._pair(call)
         points, _ = _points_and_labels({"points": [call.values.get("point")]})
         output = call.text("output")
-        similarity_map(pair.template, pair.query, points[0]).write(output)
+        similarity_map(*pair.relation.seen, points[0]).write(output)
         return {"pair": call.values["pair"], "output": output}
 
     def _forget(self, call: _Call) -> dict[str, Any]:
@@ -285,7 +285,7 @@ def _match_all(
     from uae.matching import inside_scan, match_points
 
     found, guided = pair.relation.found, method in (*GUIDED, "guided-nearest")
-    seen = (pair.relation.fixed, pair.relation.moving) if guided and pair.trusted else (pair.template, pair.query)
+    seen = pair.relation.seen if guided else pair.relation.own
     # match_points would refuse a point outside, and with it all others
     inside = inside_scan(seen[0], points)
     matches: list[Match] = []
@@ -374,7 +374,7 @@ def _usable_device(name: str) -> str:
     except InputError as error:
         if not name.startswith("cuda"):
             raise
-        logger.warning("%s; the CPU is used, which takes longer", str(error).partition(";")[0])
+        logger.warning("%s; the CPU is used", str(error).partition(";")[0])
         return "cpu"
     return name
 
@@ -399,16 +399,3 @@ def _watch_fallback() -> Iterator[list[str]]:
 
 def _model_facts(model: Model) -> dict[str, str]:
     return {"name": model.name, "version": model.version, "sha256": model.sha256}
-
-
-def plain(value: Any) -> Any:
-    """The value with arrays as lists, numpy's numbers as Python's, and non-finite ones as None, as JSON needs it."""
-    if isinstance(value, Mapping):
-        return {str(key): plain(item) for key, item in value.items()}
-    if isinstance(value, (list, tuple)):
-        return [plain(item) for item in value]
-    if hasattr(value, "tolist"):
-        return plain(value.tolist())
-    if isinstance(value, float) and not math.isfinite(value):
-        return None
-    return value

@@ -22,7 +22,7 @@ from scenes import (
 
 from UAECommonLib import result_nodes
 from UAECommonLib.errors import UnsuitableNodeError
-from UAECommonLib.mrml import flip_points, ijk_to_world_lps
+from UAECommonLib.mrml import flip_points, ijk_to_world_lps, roi_fingerprint
 from UAERegistrationLib.logic import UAERegistrationLogic
 
 
@@ -212,6 +212,32 @@ def test_a_changed_input_marks_the_result_as_outdated(scene, pair, tmp_path, cha
     else:
         scene.RemoveNode(fixed)
     assert logic.outdated(result.linear)
+    assert told or change == "remove"
+    logic.close()
+
+
+@pytest.mark.parametrize("change", ["size", "place", "parent", "remove"])
+def test_a_changed_region_marks_the_result_as_outdated(scene, pair, tmp_path, change):
+    roi = scene.AddNewNodeByClass("vtkMRMLMarkupsROINode", "region")
+    roi.SetCenter(10, 20, 30)
+    roi.SetSize(40, 25, 60)
+    parent = add_linear(scene, "of region", np.eye(4))
+    roi.SetAndObserveTransformNodeID(parent.GetID())
+    result = placed(scene, pair, write_result_folder(tmp_path / "result"))
+    result_nodes.note_region(result.linear, roi, roi_fingerprint(roi))
+    logic, told = UAERegistrationLogic(scene), []
+    logic.observe(result.linear, told.append)
+    roi.SetName("renamed")
+    assert logic.outdated(result.linear) == "" and not told
+    if change == "size":
+        roi.SetSize(40, 25, 61)
+    elif change == "place":
+        roi.SetCenter(11, 20, 30)
+    elif change == "parent":
+        parent.SetMatrixTransformToParent(_shift(5))
+    else:
+        scene.RemoveNode(roi)
+    assert "region" in logic.outdated(result.linear)
     assert told or change == "remove"
     logic.close()
 

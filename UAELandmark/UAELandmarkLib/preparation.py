@@ -33,6 +33,7 @@ class Preparation:
     def __init__(self, scene: Any, client: WorkerClient, say: Callable[[str], None]) -> None:
         self.scene, self.client, self.say = scene, client, say
         self.pairs = Pairs(scene)
+        client.folder = self.pairs.folder
         self.on_ready: Callable[[Pair], None] | None = None
 
     def start(
