@@ -16,7 +16,6 @@ from typing import Any
 
 import numpy as np
 
-from uae.device import expected_cpu_time
 from uae.errors import CancelledError, InputError, UAEError
 from UAECommonLib import result_nodes
 from UAECommonLib.errors import SceneChangedError, UnsuitableNodeError
@@ -315,6 +314,8 @@ def _shares_result(fixed: Any, moving: Any) -> bool:
 
 def _cpu_time(job: Job) -> str:
     """How long the CPU will need for both scans, in words."""
+    from uae.device import expected_cpu_time
+
     boxes = [
         array_of(node).size * abs(np.linalg.det(ijk_to_world_lps(node)[:3, :3])) for node in (job.fixed, job.moving)
     ]
