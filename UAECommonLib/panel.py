@@ -16,6 +16,7 @@ from slicer.util import VTKObservationMixin
 
 from uae.errors import UAEError
 from UAECommonLib.devices import AUTO, CPU, list_devices
+from UAECommonLib.stages import stage_label
 from UAECommonLib.torch_offer import ensure_torch
 
 __all__ = ["Panel"]
@@ -167,10 +168,11 @@ class Panel(ScriptedLoadableModuleWidget, VTKObservationMixin):
         ensure_torch(slicer.util.confirmOkCancelDisplay)
 
     def progressText(self, stage: str, secondsLeft: float | None) -> str:
-        """A stage with the time left in it."""
+        """A stage in the user's words, with the time left in it."""
+        text = stage_label(stage)
         if secondsLeft is None:
-            return stage
-        return _("{stage}, {seconds} s left").format(stage=stage, seconds=int(secondsLeft))
+            return text
+        return _("{stage}, {seconds} s left").format(stage=text, seconds=int(secondsLeft))
 
     def onLog(self, line: str) -> None:
         """Add a line to the log."""

@@ -37,8 +37,9 @@ __all__ = [
 
 FIXED, MOVING = "spatialRegistrationFixed", "spatialRegistrationMoving"
 """Slicer's own roles of the two scans of a transform node."""
-GRID, REPORT, IMAGE, CARRIER, MOVED, OLD_PARENT, ROI = (
+GRID, REPORT, IMAGE, CARRIER, MOVED, OLD_PARENT, ROI, BOARD = (
     "UAE.grid", "UAE.report", "UAE.image", "UAE.carrier", "UAE.moved", "UAE.oldParent", "UAE.region",
+    "UAE.checkerboard",
 )  # fmt: skip
 LINEAR = "vtkMRMLLinearTransformNode"
 KIND = "UAE.Registration"
@@ -298,7 +299,7 @@ def undo(scene: Any, linear: Any) -> None:
     others = [one for one in find_results(scene) if one is not linear and one.GetNodeReference(CARRIER) is carrier]
     if moved is not None and (not others or linear in parent_chain(moved)):
         moved.SetAndObserveTransformNodeID(old_parent.GetID() if old_parent is not None else None)
-    for node in filter(None, (result.image, result.report)):
+    for node in filter(None, (result.image, result.report, linear.GetNodeReference(BOARD))):
         scene.RemoveNode(node)
     for node in filter(None, (None if others else result.copy, linear, result.grid)):
         if not _below(scene, node):

@@ -22,7 +22,7 @@ from scenes import (
 
 from UAECommonLib import result_nodes
 from UAECommonLib.errors import UnsuitableNodeError
-from UAECommonLib.mrml import flip_points, ijk_to_world_lps, roi_fingerprint
+from UAECommonLib.mrml import flip_points, ijk_to_world_lps, roi_fingerprint, write_volume
 from UAERegistrationLib.logic import UAERegistrationLogic
 
 
@@ -246,6 +246,24 @@ def _shift(mm):
     matrix = vtk.vtkMatrix4x4()
     matrix.SetElement(0, 3, mm)
     return matrix
+
+
+def test_the_checkerboard_is_one_volume_that_goes_with_undo(scene, pair, tmp_path):
+    fixed, moving = pair
+    files = result_nodes.read_result(write_result_folder(tmp_path / "result"))
+    write_volume(fixed, tmp_path / "fixed.nrrd")
+    files.image = sitk.ReadImage(str(tmp_path / "fixed.nrrd"))
+    result = result_nodes.place(scene, files, fixed, moving)
+    logic, count = UAERegistrationLogic(scene), scene.GetNumberOfNodesByClass("vtkMRMLScalarVolumeNode")
+    first = logic.checkerboard(result.linear)
+    second = logic.checkerboard(result.linear)
+    assert first.GetScene() is None and second.GetScene() is scene
+    assert scene.GetNumberOfNodesByClass("vtkMRMLScalarVolumeNode") == count + 1
+    logic.undo(result.linear)
+    assert scene.GetNumberOfNodesByClass("vtkMRMLScalarVolumeNode") == 2
+    plain = placed(scene, pair, write_result_folder(tmp_path / "plain"))
+    with pytest.raises(UnsuitableNodeError, match="resampled"):
+        logic.checkerboard(plain.linear)
 
 
 def test_a_foreign_non_linear_parent_is_refused(scene, pair, tmp_path):

@@ -129,6 +129,20 @@ def test_refusal_is_shown_with_its_reason(widget):
     widget.onFinished(Outcome("refused", report["reason"], report))
     assert widget.ui.verdictLabel.text == "REFUSED: too few matches agree"
     assert widget.parameters.result is None and "12" in widget.ui.qualityTextBrowser.html
+    widget.ui.resampleCheckBox.click()
+    assert widget.ui.verdictLabel.text.startswith("REFUSED") and widget.ui.resultCollapsibleButton.enabled
+    assert not widget.ui.undoButton.enabled and not widget.ui.linearCheckBox.enabled
+    widget.updateGui()
+    assert widget.ui.verdictLabel.text.startswith("REFUSED")
+
+
+def test_a_doubtful_scan_is_named_before_anything_runs(widget, application):
+    fixed, _ = choose(widget)
+    slicer.util.arrayFromVolume(fixed)[:] = 7
+    slicer.util.arrayFromVolumeModified(fixed)
+    widget.ui.alignButton.click()
+    assert not widget.logic.running and len(application.errors) == 1
+    assert "whether CT is CT or MR is doubtful" in application.errors[0] and "/" not in application.errors[0]
 
 
 def test_compare_views_follow_the_panel(widget, headless):

@@ -8,6 +8,7 @@ from typing import Any
 
 from uae.errors import CancelledError, InputError, UAEError
 from UAECommonLib.i18n import _
+from UAECommonLib.modality import settle_modality
 from UAECommonLib.worker_client import WorkerClient
 from UAELandmarkLib.pairs import Pair, Pairs
 
@@ -54,9 +55,10 @@ class Preparation:
         if pair is not None and pair.request is not None:
             self.client.cancel(pair.request)
         self.forget(self.pairs.take(template, query))
+        scans = (("template", template), ("query", query))
+        modalities = {role: settle_modality(volume, options[f"{role}_modality"]) for role, volume in scans}
         files = {
-            role: {"path": str(self.pairs.file_of(volume)), "modality": options[f"{role}_modality"]}
-            for role, volume in (("template", template), ("query", query))
+            role: {"path": str(self.pairs.file_of(volume)), "modality": modalities[role]} for role, volume in scans
         }
         pair = self.pairs.make(template, query, options)
 

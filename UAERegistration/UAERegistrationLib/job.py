@@ -10,7 +10,7 @@ from typing import Any
 
 from uae.errors import UAEError
 from UAECommonLib import result_nodes
-from UAECommonLib.modality import Modality, dicom_modality
+from UAECommonLib.modality import Modality, settle_modality
 from UAECommonLib.mrml import fingerprint, roi_fingerprint, write_roi_mask, write_volume
 
 __all__ = ["FOLDER_PREFIX", "MODALITIES", "PRESETS", "Job", "Outcome", "RegistrationOptions", "write_job"]
@@ -113,7 +113,7 @@ def write_job(fixed: Any, moving: Any, options: RegistrationOptions) -> Job:
             ("--fixed-modality", fixed, options.fixedModality),
             ("--moving-modality", moving, options.movingModality),
         ):
-            arguments += [option, (dicom_modality(node) if chosen == "auto" else "") or chosen]
+            arguments += [option, settle_modality(node, chosen)]
         roi_print = ""
         if options.roi is not None:
             write_roi_mask(options.roi, place / "roi.nrrd")

@@ -18,8 +18,9 @@ import numpy as np
 
 from uae.errors import CancelledError, InputError, UAEError
 from UAECommonLib import result_nodes
+from UAECommonLib.compare_views import checkerboard
 from UAECommonLib.errors import SceneChangedError, UnsuitableNodeError
-from UAECommonLib.modality import guess_modality
+from UAECommonLib.modality import guess_modality, settle_modality
 from UAECommonLib.mrml import array_of, fingerprint, ijk_to_world_lps, parent_chain, same_fingerprint
 from UAECommonLib.process import Runner, make_runner
 from UAECommonLib.worker_client import error_of
@@ -198,6 +199,29 @@ class UAERegistrationLogic:
             node.RemoveObserver(tag)
         self._observed = []
 
+    def checkerboard(self, linear: Any) -> Any:
+        """Show the fixed scan and the resampled moving one in turn, field by field.
+
+        Args:
+            linear: the result's linear node.
+
+        Returns:
+            Volume node, 0 to 255; it takes the place of the result's earlier one, and goes with `undo`.
+
+        Raises:
+            UnsuitableNodeError: the result has no resampled volume, or that does not lie on the fixed scan's grid.
+        """
+        image, earlier = linear.GetNodeReference(result_nodes.IMAGE), linear.GetNodeReference(result_nodes.BOARD)
+        fixed = linear.GetNodeReference(result_nodes.FIXED)
+        if image is None or fixed is None:
+            raise UnsuitableNodeError("there is no resampled volume to show; align again with a resampled volume")
+        board = checkerboard(self.scene, fixed, image)
+        if earlier is not None:
+            self.scene.RemoveNode(earlier)
+        board.SetAttribute(result_nodes.KIND, "checkerboard")
+        linear.SetNodeReferenceID(result_nodes.BOARD, board.GetID())
+        return board
+
     def afterSceneLoaded(self) -> None:
         """Set what files do not keep: the linear interpolation of our grid transforms."""
         result_nodes.use_linear_interpolation(self.scene)
@@ -220,6 +244,8 @@ class UAERegistrationLogic:
         ):
             if value not in allowed:
                 raise InputError(f"unknown {name} {value!r}; use {', '.join(allowed)}")
+        settle_modality(fixed, options.fixedModality)
+        settle_modality(moving, options.movingModality)
 
     def _run(self) -> None:
         job = self._job

@@ -14,7 +14,7 @@ from UAECommonLib.panel import Panel
 from UAECommonLib.result_nodes import CARRIER, find_results, nodes_of
 from UAERegistrationLib.logic import Outcome, RegistrationOptions, UAERegistrationLogic
 from UAERegistrationLib.parameters import Modality, getParameterNode
-from UAERegistrationLib.quality import COLORS, quality_html, stage_label, verdict
+from UAERegistrationLib.quality import COLORS, quality_html, verdict
 
 __all__ = ["UAERegistrationWidget"]
 
@@ -23,7 +23,13 @@ FLICKER_MS = 600
 
 
 class UAERegistrationWidget(Panel):
-    """One button, Align, which turns into Cancel."""
+    """One button, Align, which turns into Cancel.
+
+    Attributes:
+        refusal: report of the last registration where that was refused.
+    """
+
+    refusal: dict[str, Any] | None = None
 
     def build(self) -> None:
         """Make the logic and connect the panel's widgets."""
@@ -67,6 +73,7 @@ class UAERegistrationWidget(Panel):
 
     def connected(self) -> None:
         """Watch the result of the scene."""
+        self.refusal = None
         self._observeResult()
 
     def showState(self) -> None:
@@ -119,6 +126,7 @@ class UAERegistrationWidget(Panel):
                 device=chosen.device,
                 resample=chosen.resample,
             )
+            self.refusal = None
             self.ui.logTextEdit.plainText = ""
             self.ui.progressBar.value = 0
             self.logic.start(
@@ -129,7 +137,7 @@ class UAERegistrationWidget(Panel):
     def onProgress(self, stage: str, percent: float, secondsLeft: float | None) -> None:
         """Show the stage, its percentage and the time left in it."""
         self.ui.progressBar.value = int(percent)
-        self.ui.stageLabel.text = self.progressText(stage_label(stage), secondsLeft)
+        self.ui.stageLabel.text = self.progressText(stage, secondsLeft)
 
     def onFinished(self, outcome: Outcome) -> None:
         """Show how it ended."""
@@ -137,13 +145,11 @@ class UAERegistrationWidget(Panel):
         if outcome.nodes is not None and self.parameters is not None:
             self.parameters.result = outcome.nodes.linear
             self._observeResult()
+        self.refusal = outcome.report if outcome.status == "refused" else None
         self.updateGui()
         if outcome.nodes is not None:
             self.onShowPair()
-        elif outcome.status == "refused":
-            self._showReport(outcome.report, "")
-            self.ui.resultCollapsibleButton.enabled = True
-        else:
+        elif self.refusal is None:
             self.ui.stageLabel.text = outcome.reason
             if outcome.status == "failed":
                 self.say(outcome.reason, _("Registration"))
@@ -154,7 +160,7 @@ class UAERegistrationWidget(Panel):
             linear = self.parameters.result
             if linear is not None:
                 self.logic.undo(linear)
-                self.parameters.result = None
+                self.parameters.result = self.refusal = None
 
     def onShow(self, _checked: bool = False) -> None:
         """Before and after."""
@@ -193,8 +199,7 @@ class UAERegistrationWidget(Panel):
     def onCheckerboard(self, _checked: bool = False) -> None:
         """Show fields of both scans in turn."""
         with self.attempt(_("The checkerboard cannot be shown.")):
-            result = nodes_of(self.parameters.result)
-            board = compare_views.checkerboard(slicer.mrmlScene, self.parameters.fixedVolume, result.image)
+            board = self.logic.checkerboard(self.parameters.result)
             slicer.util.setSliceViewerLayers(background=board, foreground=None)
 
     def _observeResult(self) -> None:
@@ -207,19 +212,23 @@ class UAERegistrationWidget(Panel):
 
     def _showResult(self) -> None:
         linear = self.parameters.result
-        self.ui.resultCollapsibleButton.enabled = linear is not None
-        has_image = linear is not None and nodes_of(linear).image is not None
-        self.ui.checkerboardButton.enabled = has_image
-        if linear is None:
+        result = nodes_of(linear) if linear is not None else None
+        self.ui.resultCollapsibleButton.enabled = linear is not None or self.refusal is not None
+        self.ui.checkerboardButton.enabled = result is not None and result.image is not None
+        for widget in (self.ui.linearCheckBox, self.ui.undoButton):
+            widget.enabled = result is not None
+        self.ui.gridCheckBox.enabled = result is not None and result.grid is not None
+        if result is not None:
+            carrier = linear.GetNodeReference(CARRIER)
+            self.ui.linearCheckBox.checked = carrier is not None and carrier.GetParentTransformNode() is linear
+            self.ui.gridCheckBox.checked = result.grid is not None and linear.GetParentTransformNode() is result.grid
+        if self.refusal is not None:
+            self._showReport(self.refusal, "")
+        elif result is not None:
+            self._showReport(result.figures, self.logic.outdated(linear))
+        else:
             self.ui.verdictLabel.text = _("No registration yet")
             self.ui.qualityTextBrowser.html = ""
-            return
-        result = nodes_of(linear)
-        self.ui.gridCheckBox.enabled = result.grid is not None
-        carrier = linear.GetNodeReference(CARRIER)
-        self.ui.linearCheckBox.checked = carrier is not None and carrier.GetParentTransformNode() is linear
-        self.ui.gridCheckBox.checked = result.grid is not None and linear.GetParentTransformNode() is result.grid
-        self._showReport(result.figures, self.logic.outdated(linear))
 
     def _showReport(self, report: dict[str, Any], outdated: str) -> None:
         self.ui.verdictLabel.text = verdict(report)
