@@ -186,7 +186,7 @@ def _set_geometry(image: sitk.Image, index_to_lps: np.ndarray, name: str) -> Non
     if np.abs(direction.T @ direction - np.eye(3)).max() > SHEAR_TOLERANCE:
         raise UnsuitableNodeError(
             f"the axes of {name} are not perpendicular (sheared by a parent transform or gantry tilt); "
-            "harden the transform above it first (Data module: right-click, Harden transform)"
+            "resample it first (module Crop Volume or Resample Scalar/Vector/DWI Volume) and choose the result"
         )
     image.SetSpacing(spacing.tolist())
     image.SetDirection(direction.ravel().tolist())

@@ -187,6 +187,7 @@ class UAERegistrationLogic:
                 (transformed, vtk.vtkCommand.ModifiedEvent), lambda *_: changed(self.outdated(linear))
             )
             self._observed += [(node, node.AddObserver(event, listener)) for event, listener in listeners.items()]
+        self._observed += [(linear, linear.AddObserver(transformed, lambda *_: changed(self.outdated(linear))))]
         if roi is not None:
             events = (transformed, vtk.vtkCommand.ModifiedEvent, slicer.vtkMRMLMarkupsNode.PointModifiedEvent)
             self._observed += [
@@ -217,7 +218,7 @@ class UAERegistrationLogic:
             raise UnsuitableNodeError("there is no resampled volume to show; align again with a resampled volume")
         board = checkerboard(self.scene, fixed, image)
         if earlier is not None:
-            self.scene.RemoveNode(earlier)
+            result_nodes.remove(self.scene, earlier)
         board.SetAttribute(result_nodes.KIND, "checkerboard")
         linear.SetNodeReferenceID(result_nodes.BOARD, board.GetID())
         return board
