@@ -11,6 +11,7 @@ import numpy as np
 import vtk
 from vtk.util.numpy_support import numpy_to_vtk, vtk_to_numpy
 
+from uae.errors import ResourceError
 from UAECommonLib.errors import UnsuitableNodeError
 
 if TYPE_CHECKING:
@@ -28,6 +29,8 @@ SHEAR_TOLERANCE = 1e-3
 """Largest cosine between two image axes that a file's direction can stand for (the core's reader accepts as much)."""
 ROI_SPACING_MM = 2.0
 """Voxel size of a region of interest written as a mask: the network's grid, which cannot tell finer ones apart."""
+ROI_MOST = 64
+"""Voxels of such a mask along an axis: it is all ones, so a coarser one says the same."""
 FINGERPRINT_VOXELS = 65_536
 """Voxels looked at to see whether an image changed between two sessions; edits in this one are seen by their events."""
 
@@ -129,13 +132,14 @@ def write_volume(volume: Any, path: str | Path, top: Any = None) -> None:
 
     Raises:
         UnsuitableNodeError: a parent is non-linear, the axes are sheared, or the node holds no grey image.
+        ResourceError: the disk is full.
     """
     import SimpleITK as sitk
 
     voxels = array_of(volume)
     image = sitk.GetImageFromArray(voxels)
     _set_geometry(image, ijk_to_world_lps(volume, top), volume.GetName())
-    sitk.WriteImage(image, str(path), useCompression=False)
+    _write(image, path, compress=False)
 
 
 def write_roi_mask(roi: Any, path: str | Path) -> None:
@@ -154,12 +158,12 @@ def write_roi_mask(roi: Any, path: str | Path) -> None:
     size = np.array(roi.GetSize())
     if np.any(size <= 0):
         raise UnsuitableNodeError(f"the region {roi.GetName()} is empty; draw it, or choose none")
-    count = np.maximum(np.ceil(size / ROI_SPACING_MM).astype(int), 4)
+    count = np.clip(np.ceil(size / ROI_SPACING_MM), 4, ROI_MOST).astype(int)
     index_to_object = np.diag([*(size / count), 1.0])
     index_to_object[:3, 3] = (size / count - size) / 2
     image = sitk.GetImageFromArray(np.ones(count[::-1], dtype=np.uint8))
     _set_geometry(image, FLIP @ _roi_to_world(roi) @ index_to_object, roi.GetName())
-    sitk.WriteImage(image, str(path), useCompression=True)
+    _write(image, path, compress=True)
 
 
 def _roi_to_world(roi: Any) -> np.ndarray:
@@ -174,6 +178,16 @@ def roi_fingerprint(roi: Any) -> str:
         UnsuitableNodeError: some parent is not linear.
     """
     return json.dumps({"place": (_roi_to_world(roi) @ np.diag([*roi.GetSize(), 1.0])).round(6).tolist()})
+
+
+def _write(image: sitk.Image, path: str | Path, compress: bool) -> None:
+    import SimpleITK as sitk
+
+    try:
+        sitk.WriteImage(image, str(path), useCompression=compress)
+    except RuntimeError as error:
+        last = str(error).strip().splitlines()[-1]
+        raise ResourceError(f"{path} cannot be written ({last}); free some space on that disk") from error
 
 
 def _set_geometry(image: sitk.Image, index_to_lps: np.ndarray, name: str) -> None:

@@ -32,7 +32,11 @@ def run(folder: str, arguments: Sequence[str]) -> int:
     sys.stdout.write(json.dumps({"pid": os.getpid()}) + "\n")
     sys.stdout.flush()
     talks = list(arguments[:1]) == ["worker"]  # it reads the standard input itself, and ends with it
-    if not talks:
+    if talks:
+        from uae.cli.worker import ENDING
+
+        ENDING.append(lambda: _remove(folder))
+    else:
         threading.Thread(target=_watch, args=(folder,), daemon=True).start()
 
     from uae.cli import main

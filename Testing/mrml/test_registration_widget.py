@@ -47,7 +47,7 @@ def finish(widget, folder, fixed, moving):
 
     files = result_nodes.read_result(folder)
     nodes = result_nodes.place(slicer.mrmlScene, files, fixed, moving)
-    widget.onFinished(Outcome("accepted", "made by a test", files.report, nodes))
+    widget.onFinished(Outcome("accepted", "made by a test", files.report, nodes, scans=(fixed, moving)))
     return nodes
 
 
@@ -124,9 +124,9 @@ def test_result_is_shown_switched_and_undone(widget, tmp_path):
 def test_refusal_is_shown_with_its_reason(widget):
     from UAERegistrationLib.logic import Outcome
 
-    choose(widget)
+    scans = choose(widget)
     report = {"status": "refused", "reason": "too few matches agree", "matches": {"mutual": 12, "inliers": 3}}
-    widget.onFinished(Outcome("refused", report["reason"], report))
+    widget.onFinished(Outcome("refused", report["reason"], report, scans=scans))
     assert widget.ui.verdictLabel.text == "REFUSED: too few matches agree"
     assert widget.parameters.result is None and "12" in widget.ui.qualityTextBrowser.html
     widget.ui.resampleCheckBox.click()
@@ -134,6 +134,8 @@ def test_refusal_is_shown_with_its_reason(widget):
     assert not widget.ui.undoButton.enabled and not widget.ui.linearCheckBox.enabled
     widget.updateGui()
     assert widget.ui.verdictLabel.text.startswith("REFUSED")
+    widget.ui.movingSelector.setCurrentNode(torso("another MR", 2))
+    assert "REFUSED" not in widget.ui.verdictLabel.text
 
 
 def test_a_doubtful_scan_is_named_before_anything_runs(widget, application):

@@ -12,6 +12,7 @@ from uae.errors import UAEError
 from UAECommonLib import result_nodes
 from UAECommonLib.modality import Modality, settle_modality
 from UAECommonLib.mrml import fingerprint, roi_fingerprint, write_roi_mask, write_volume
+from UAECommonLib.temporary import temporary_directory
 
 __all__ = ["FOLDER_PREFIX", "MODALITIES", "PRESETS", "Job", "Outcome", "RegistrationOptions", "write_job"]
 
@@ -56,6 +57,7 @@ class Outcome:
         report: report.json; empty where there is none.
         nodes: the new nodes; None unless accepted or for review.
         error: what went wrong; None unless cancelled or failed.
+        scans: fixed and moving volume node.
     """
 
     status: str
@@ -63,6 +65,7 @@ class Outcome:
     report: dict[str, Any] = field(default_factory=dict)
     nodes: result_nodes.ResultNodes | None = None
     error: UAEError | None = None
+    scans: tuple[Any, Any] = (None, None)
 
 
 @dataclass
@@ -100,9 +103,10 @@ def write_job(fixed: Any, moving: Any, options: RegistrationOptions) -> Job:
 
     Raises:
         UnsuitableNodeError: a scan or the region cannot be written.
+        ResourceError: the disk is full, or there is no temporary folder.
     """
     top = result_nodes.top_of(moving)
-    folder = tempfile.TemporaryDirectory(prefix=FOLDER_PREFIX, dir=_temporary_path(), ignore_cleanup_errors=True)
+    folder = temporary_directory(FOLDER_PREFIX)
     try:
         place = Path(folder.name)
         write_volume(fixed, place / "fixed.nrrd")
@@ -126,9 +130,3 @@ def write_job(fixed: Any, moving: Any, options: RegistrationOptions) -> Job:
         folder.cleanup()
         raise
     return Job(fixed, moving, prints, roi_print, [*arguments, *options.extra], options, folder, device=options.device)
-
-
-def _temporary_path() -> str | None:
-    import slicer
-
-    return getattr(getattr(slicer, "app", None), "temporaryPath", None)

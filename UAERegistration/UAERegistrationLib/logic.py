@@ -284,6 +284,7 @@ class UAERegistrationLogic:
         except Exception as error:  # whoever waits must be told, whatever happened
             logger.exception("the result could not be taken into the scene")
             outcome = Outcome("failed", str(error), error=UAEError(f"the result could not be used ({error})"))
+        outcome.scans = (job.fixed, job.moving)
         self._job = None
         job.folder.cleanup()
         if job.onFinished is not None:

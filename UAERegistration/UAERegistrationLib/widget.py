@@ -26,10 +26,10 @@ class UAERegistrationWidget(Panel):
     """One button, Align, which turns into Cancel.
 
     Attributes:
-        refusal: report of the last registration where that was refused.
+        refusal: report of the last registration where that was refused, with its fixed and moving scan.
     """
 
-    refusal: dict[str, Any] | None = None
+    refusal: tuple[dict[str, Any], Any, Any] | None = None
 
     def build(self) -> None:
         """Make the logic and connect the panel's widgets."""
@@ -145,11 +145,12 @@ class UAERegistrationWidget(Panel):
         if outcome.nodes is not None and self.parameters is not None:
             self.parameters.result = outcome.nodes.linear
             self._observeResult()
-        self.refusal = outcome.report if outcome.status == "refused" else None
+        if outcome.status == "refused" and self.parameters is not None:
+            self.refusal = (outcome.report, *outcome.scans)
         self.updateGui()
         if outcome.nodes is not None:
-            self.onShowPair()
-        elif self.refusal is None:
+            self._showScans(*outcome.scans)
+        elif outcome.status != "refused":
             self.ui.stageLabel.text = outcome.reason
             if outcome.status == "failed":
                 self.say(outcome.reason, _("Registration"))
@@ -172,9 +173,11 @@ class UAERegistrationWidget(Panel):
     def onShowPair(self, _checked: bool = False) -> None:
         """Both scans in all slice views."""
         if self.parameters is not None and not self._missing():
-            fixed, moving = self.parameters.fixedVolume, self.parameters.movingVolume
-            if compare_views.show_pair(slicer.mrmlScene, fixed, moving, self.ui.blendSlider.value):
-                slicer.util.resetSliceViews()  # fits the scan; where it was shown already, the user's zoom stays
+            self._showScans(self.parameters.fixedVolume, self.parameters.movingVolume)
+
+    def _showScans(self, fixed: Any, moving: Any) -> None:
+        if compare_views.show_pair(slicer.mrmlScene, fixed, moving, self.ui.blendSlider.value):
+            slicer.util.resetSliceViews()  # fits the scan; where it was shown already, the user's zoom stays
 
     def onBlend(self, opacity: float) -> None:
         """Opacity of the moving scan."""
@@ -222,8 +225,8 @@ class UAERegistrationWidget(Panel):
             carrier = linear.GetNodeReference(CARRIER)
             self.ui.linearCheckBox.checked = carrier is not None and carrier.GetParentTransformNode() is linear
             self.ui.gridCheckBox.checked = result.grid is not None and linear.GetParentTransformNode() is result.grid
-        if self.refusal is not None:
-            self._showReport(self.refusal, "")
+        if self.refusal is not None and self.refusal[1:] == (self.parameters.fixedVolume, self.parameters.movingVolume):
+            self._showReport(self.refusal[0], "")
         elif result is not None:
             self._showReport(result.figures, self.logic.outdated(linear))
         else:
