@@ -5,7 +5,6 @@ from __future__ import annotations
 from typing import Any
 
 import numpy as np
-import SimpleITK as sitk
 
 from UAECommonLib.errors import UnsuitableNodeError
 from UAECommonLib.mrml import add_volume, array_of, ijk_to_world_lps
@@ -24,12 +23,14 @@ def composites(scene: Any) -> list[Any]:
     return [scene.GetNthNodeByClass(index, name) for index in range(scene.GetNumberOfNodesByClass(name))]
 
 
-def show_pair(scene: Any, fixed: Any, moving: Any, opacity: float = 0.5) -> None:
-    """Show the fixed scan behind the moving one in all slice views."""
+def show_pair(scene: Any, fixed: Any, moving: Any, opacity: float = 0.5) -> bool:
+    """Show the fixed scan behind the moving one in all slice views; returns whether some view showed another scan."""
+    changed = any(node.GetBackgroundVolumeID() != fixed.GetID() for node in composites(scene))
     for node in composites(scene):
         node.SetBackgroundVolumeID(fixed.GetID())
         node.SetForegroundVolumeID(moving.GetID())
         node.SetForegroundOpacity(opacity)
+    return changed
 
 
 def blend(scene: Any, opacity: float) -> None:
@@ -72,6 +73,8 @@ def checkerboard(scene: Any, fixed: Any, resampled: Any, tile_mm: float = TILE_M
     Raises:
         UnsuitableNodeError: the two do not lie on one grid.
     """
+    import SimpleITK as sitk
+
     first, second = array_of(fixed), array_of(resampled)
     place = ijk_to_world_lps(fixed)
     if first.shape != second.shape or np.abs(place - ijk_to_world_lps(resampled)).max() > SAME_GRID_MM:

@@ -7,11 +7,11 @@ from typing import Any
 
 import numpy as np
 
-from uae.errors import ModalityError
+from uae.errors import InputError, ModalityError
 from UAECommonLib.i18n import _
 from UAECommonLib.mrml import array_of
 
-__all__ = ["Modality", "dicom_modality", "guess_modality"]
+__all__ = ["Modality", "dicom_modality", "guess_modality", "settle_modality"]
 
 VOXELS_LOOKED_AT = 500_000
 """Enough for the shares of air and water that the decision asks for; some ten milliseconds."""
@@ -65,3 +65,25 @@ def guess_modality(volume: Any) -> tuple[str, str]:
         return decide_modality(Volume(values, line))
     except ModalityError:
         return "", _("CT or MR is doubtful; choose it")
+
+
+def settle_modality(volume: Any, chosen: str) -> str:
+    """What to tell a child process about a scan: the choice, else the DICOM tag, else "auto" where that is no doubt.
+
+    Args:
+        volume: volume node.
+        chosen: auto, ct or mr.
+
+    Returns:
+        auto, ct or mr.
+
+    Raises:
+        InputError: the choice is automatic, and the voxels leave a doubt.
+        UnsuitableNodeError: the node holds no grey image.
+    """
+    if chosen != Modality.AUTO.value:
+        return chosen
+    if not guess_modality(volume)[0]:
+        text = _("whether {name} is CT or MR is doubtful; choose its modality")
+        raise InputError(text.format(name=volume.GetName()))
+    return dicom_modality(volume) or chosen

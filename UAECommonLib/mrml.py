@@ -5,19 +5,22 @@ from __future__ import annotations
 import hashlib
 import json
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
-import SimpleITK as sitk
 import vtk
 from vtk.util.numpy_support import numpy_to_vtk, vtk_to_numpy
 
+from uae.errors import ResourceError
 from UAECommonLib.errors import UnsuitableNodeError
+
+if TYPE_CHECKING:
+    import SimpleITK as sitk
 
 __all__ = [
     "add_volume", "array_of", "as_ras", "check_linear_parents", "fingerprint", "flip_matrix", "flip_points",
-    "grid_transform", "ijk_to_world_lps", "matrix_of", "parent_chain", "same_fingerprint", "vtk_matrix",
-    "world_matrix", "write_roi_mask", "write_volume",
+    "grid_transform", "ijk_to_world_lps", "matrix_of", "parent_chain", "roi_fingerprint", "same_fingerprint",
+    "vtk_matrix", "world_matrix", "write_roi_mask", "write_volume",
 ]  # fmt: skip
 
 FLIP = np.diag([-1.0, -1.0, 1.0, 1.0])
@@ -26,6 +29,8 @@ SHEAR_TOLERANCE = 1e-3
 """Largest cosine between two image axes that a file's direction can stand for (the core's reader accepts as much)."""
 ROI_SPACING_MM = 2.0
 """Voxel size of a region of interest written as a mask: the network's grid, which cannot tell finer ones apart."""
+ROI_MOST = 64
+"""Voxels of such a mask along an axis: it is all ones, so a coarser one says the same."""
 FINGERPRINT_VOXELS = 65_536
 """Voxels looked at to see whether an image changed between two sessions; edits in this one are seen by their events."""
 
@@ -127,11 +132,14 @@ def write_volume(volume: Any, path: str | Path, top: Any = None) -> None:
 
     Raises:
         UnsuitableNodeError: a parent is non-linear, the axes are sheared, or the node holds no grey image.
+        ResourceError: the disk is full.
     """
+    import SimpleITK as sitk
+
     voxels = array_of(volume)
     image = sitk.GetImageFromArray(voxels)
     _set_geometry(image, ijk_to_world_lps(volume, top), volume.GetName())
-    sitk.WriteImage(image, str(path), useCompression=False)
+    _write(image, path, compress=False)
 
 
 def write_roi_mask(roi: Any, path: str | Path) -> None:
@@ -144,17 +152,42 @@ def write_roi_mask(roi: Any, path: str | Path) -> None:
     Raises:
         UnsuitableNodeError: it has no extent, or lies under a non-linear or shearing parent.
     """
+    import SimpleITK as sitk
+
     check_linear_parents(roi)
     size = np.array(roi.GetSize())
     if np.any(size <= 0):
         raise UnsuitableNodeError(f"the region {roi.GetName()} is empty; draw it, or choose none")
-    count = np.maximum(np.ceil(size / ROI_SPACING_MM).astype(int), 4)
+    count = np.clip(np.ceil(size / ROI_SPACING_MM), 4, ROI_MOST).astype(int)
     index_to_object = np.diag([*(size / count), 1.0])
     index_to_object[:3, 3] = (size / count - size) / 2
     image = sitk.GetImageFromArray(np.ones(count[::-1], dtype=np.uint8))
-    to_world = world_matrix(roi) @ matrix_of(roi.GetObjectToNodeMatrix())
-    _set_geometry(image, FLIP @ to_world @ index_to_object, roi.GetName())
-    sitk.WriteImage(image, str(path), useCompression=True)
+    _set_geometry(image, FLIP @ _roi_to_world(roi) @ index_to_object, roi.GetName())
+    _write(image, path, compress=True)
+
+
+def _roi_to_world(roi: Any) -> np.ndarray:
+    """(4, 4) from a markups ROI's own axes, with its centre as origin, to world RAS mm."""
+    return world_matrix(roi) @ matrix_of(roi.GetObjectToNodeMatrix())
+
+
+def roi_fingerprint(roi: Any) -> str:
+    """Text that tells where a markups ROI lies in the world and how large it is; see `same_fingerprint`.
+
+    Raises:
+        UnsuitableNodeError: some parent is not linear.
+    """
+    return json.dumps({"place": (_roi_to_world(roi) @ np.diag([*roi.GetSize(), 1.0])).round(6).tolist()})
+
+
+def _write(image: sitk.Image, path: str | Path, compress: bool) -> None:
+    import SimpleITK as sitk
+
+    try:
+        sitk.WriteImage(image, str(path), useCompression=compress)
+    except RuntimeError as error:
+        last = str(error).strip().splitlines()[-1]
+        raise ResourceError(f"{path} cannot be written ({last}); free some space on that disk") from error
 
 
 def _set_geometry(image: sitk.Image, index_to_lps: np.ndarray, name: str) -> None:
@@ -167,7 +200,7 @@ def _set_geometry(image: sitk.Image, index_to_lps: np.ndarray, name: str) -> Non
     if np.abs(direction.T @ direction - np.eye(3)).max() > SHEAR_TOLERANCE:
         raise UnsuitableNodeError(
             f"the axes of {name} are not perpendicular (sheared by a parent transform or gantry tilt); "
-            "harden the transform above it first (Data module: right-click, Harden transform)"
+            "resample it first (module Crop Volume or Resample Scalar/Vector/DWI Volume) and choose the result"
         )
     image.SetSpacing(spacing.tolist())
     image.SetDirection(direction.ravel().tolist())
@@ -194,6 +227,8 @@ def add_volume(scene: Any, image: sitk.Image, name: str, label: bool = False) ->
     Returns:
         The volume node, without a parent.
     """
+    import SimpleITK as sitk
+
     kind = "vtkMRMLLabelMapVolumeNode" if label else "vtkMRMLScalarVolumeNode"
     node = scene.AddNewNodeByClass(kind, scene.GenerateUniqueName(name))
     voxels = np.ascontiguousarray(sitk.GetArrayFromImage(image))
@@ -215,6 +250,7 @@ def grid_transform(field: sitk.Image) -> Any:
     Returns:
         slicer.vtkOrientedGridTransform; it is a transform FROM parent (fixed to moving).
     """
+    import SimpleITK as sitk
     import slicer
 
     vectors = sitk.GetArrayFromImage(field).astype(np.float64) * (-1.0, -1.0, 1.0)

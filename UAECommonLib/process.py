@@ -23,22 +23,18 @@ from typing import Any
 import uae
 from uae.errors import InputError, ResourceError
 
-__all__ = ["QtRunner", "Runner", "SubprocessRunner", "child_environment", "make_runner", "python_program"]
+__all__ = ["Runner", "SubprocessRunner", "child_environment", "kill_tree_on_windows", "make_runner", "python_program"]
 
 logger = logging.getLogger(__name__)
 
 GRACE_S = 3.0
 """Time that a cancelled child has to remove what it has half written, before it is killed."""
 LOG_CHARACTERS = 20_000
-BOOTSTRAP = (
-    "import json, os, sys\n"
-    "if hasattr(os, 'setsid') and os.getpgid(0) != os.getpid(): os.setsid()\n"
-    "print(json.dumps({'pid': os.getpid()}), flush=True)\n"
-    "from uae.cli import main\n"
-    "sys.exit(main(sys.argv[1:]))\n"
+ROOT = str(Path(uae.__file__).resolve().parents[1])
+PROGRAM = (
+    "import sys; sys.path.insert(0, sys.argv[1]); from uae.child import run; sys.exit(run(sys.argv[2], sys.argv[3:]))"
 )
-"""PythonSlicer is a launcher, and killing it leaves its child: the Python that works tells its own number, and leads a
-process group."""
+"""The running `uae` comes first: PythonSlicer, a launcher, puts its own folders before PYTHONPATH."""
 
 OnLine = Callable[[dict[str, Any]], None]
 OnLog = Callable[[str], None]
@@ -62,10 +58,14 @@ def python_program() -> str:
 
 
 def child_environment() -> dict[str, str]:
-    """Variables that a child needs beyond the inherited ones: the running `uae` first on its path, and UTF-8."""
-    root = str(Path(uae.__file__).resolve().parents[1])
-    paths = [root, *filter(None, os.environ.get("PYTHONPATH", "").split(os.pathsep))]
-    return {"PYTHONPATH": os.pathsep.join(dict.fromkeys(paths)), "PYTHONUTF8": "1", "PYTHONUNBUFFERED": "1"}
+    """Variables that a child needs beyond the inherited ones: the running `uae` on its path, and UTF-8."""
+    paths = [ROOT, *filter(None, os.environ.get("PYTHONPATH", "").split(os.pathsep))]
+    return {
+        "PYTHONPATH": os.pathsep.join(dict.fromkeys(paths)),
+        "PYTHONSAFEPATH": "1",  # a folder `uae` where the application was started must not come before it
+        "PYTHONUTF8": "1",
+        "PYTHONUNBUFFERED": "1",
+    }
 
 
 def make_runner() -> Runner:
@@ -76,6 +76,8 @@ def make_runner() -> Runner:
             import qt
 
             if hasattr(qt, "QProcess"):
+                from UAECommonLib.qt_process import QtRunner
+
                 return QtRunner()
         except ImportError:
             logger.debug("no Qt here: children run through subprocess")
@@ -112,6 +114,7 @@ class Runner:
         on_line: OnLine | None = None,
         on_finished: OnFinished | None = None,
         on_log: OnLog | None = None,
+        folder: str | Path = "",
     ) -> None:
         """Run `uae` with arguments.
 
@@ -120,6 +123,7 @@ class Runner:
             on_line: told each JSON line of the standard output.
             on_finished: told the exit code, once, after the last line; 130 where it was cancelled.
             on_log: told each line of the standard error.
+            folder: the job's temporary files, which the child removes where this process vanishes.
 
         Raises:
             InputError: a child runs already, or Python cannot be started.
@@ -129,7 +133,7 @@ class Runner:
         self.log, self.cancelled, self.exit_code, self._child_pid = "", False, None, None
         self._rest = {"out": b"", "err": b""}
         self._on_line, self._on_finished, self._on_log = on_line, on_finished, on_log
-        self._start(python_program(), ["-c", BOOTSTRAP, *map(str, arguments)])
+        self._start(python_program(), ["-c", PROGRAM, ROOT, str(folder), *map(str, arguments)])
 
     def write(self, line: str) -> None:
         """Send one line to the child's standard input.
@@ -221,7 +225,8 @@ def _as_record(text: str) -> dict[str, Any] | None:
     return record if isinstance(record, dict) else None
 
 
-def _kill_tree_on_windows(pid: int) -> None:
+def kill_tree_on_windows(pid: int) -> None:
+    """End a process and all that it started."""
     subprocess.run(["taskkill", "/T", "/F", "/PID", str(pid)], capture_output=True, check=False)
 
 
@@ -303,7 +308,7 @@ class SubprocessRunner(Runner):
 
     def _send(self, number: int) -> None:
         if os.name == "nt":
-            _kill_tree_on_windows(self._process.pid)
+            kill_tree_on_windows(self._process.pid)
             return
         try:
             os.killpg(self._process.pid, number)
@@ -326,94 +331,3 @@ class SubprocessRunner(Runner):
         self._process.wait()
         while self._process is not None:
             self.pump(0.05)
-
-
-class QtRunner(Runner):
-    """QProcess: the application's event loop delivers."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self._process: Any = None
-
-    @property
-    def running(self) -> bool:
-        """Whether a child runs whose end has not been told yet."""
-        return self._process is not None
-
-    def _start(self, program: str, arguments: list[str]) -> None:
-        import qt
-        import slicer
-
-        process = qt.QProcess()
-        environment = qt.QProcessEnvironment.systemEnvironment()
-        for name, value in child_environment().items():
-            environment.insert(name, value)
-        process.setProcessEnvironment(environment)
-        process.connect("readyReadStandardOutput()", self._read)
-        process.connect("readyReadStandardError()", self._read)
-        process.connect("finished(int,QProcess::ExitStatus)", self._on_process_finished)
-        self._process = process
-        process.start(program, arguments)
-        if not process.waitForStarted(10_000):
-            self._process = None
-            raise InputError(f"{program} cannot be started ({process.errorString()}); repair the installation")
-        slicer.app.connect("aboutToQuit()", self.kill)
-
-    def _read(self) -> None:
-        if self._process is not None:
-            self._received("out", bytes(self._process.readAllStandardOutput().data()))
-        if self._process is not None:
-            self._received("err", bytes(self._process.readAllStandardError().data()))
-
-    def _on_process_finished(self, exit_code: int, _status: Any) -> None:
-        import slicer
-
-        if self._process is None:
-            return
-        self._read()
-        process, self._process = self._process, None
-        slicer.app.disconnect("aboutToQuit()", self.kill)
-        process.deleteLater()
-        self._ended(int(exit_code))
-
-    def write(self, line: str) -> None:
-        """Send one line to the child's standard input; ResourceError where it has ended."""
-        if self._process is None or self._process.write(line.encode("utf-8") + b"\n") < 0:
-            raise ResourceError("the helper process has ended; try again")
-
-    def pump(self, timeout: float = 0.0) -> None:
-        """Deliver what has arrived; wait up to `timeout` seconds for something (the console waits this way)."""
-        if self._process is not None:
-            self._process.waitForReadyRead(int(1000 * timeout))
-            self._read()
-        if self._process is not None and not self._process.processId():
-            self._on_process_finished(self._process.exitCode(), None)
-
-    def cancel(self) -> None:
-        """Ask the child to stop; a timer kills it where it does not."""
-        import qt
-
-        process = self._process
-        if process is None or self.cancelled:
-            return
-        self.cancelled = True
-        if os.name == "nt":
-            self.kill()
-            return
-        self._signal_child(signal.SIGTERM)
-        qt.QTimer.singleShot(int(1000 * GRACE_S), lambda: self.kill() if self._process is process else None)
-
-    def kill(self) -> None:
-        """End the child and its launcher now and wait until both are gone."""
-        process = self._process
-        if process is None:
-            return
-        self.cancelled = True
-        if os.name == "nt":
-            _kill_tree_on_windows(int(process.processId()))
-        else:
-            self._signal_child(signal.SIGKILL)
-        process.kill()
-        process.waitForFinished(5_000)
-        if self._process is process:
-            self._on_process_finished(process.exitCode(), None)

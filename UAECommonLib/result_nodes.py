@@ -9,10 +9,10 @@ from __future__ import annotations
 import json
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
-import SimpleITK as sitk
+import vtk
 
 from UAECommonLib.errors import SceneChangedError, UnsuitableNodeError
 from UAECommonLib.mrml import (
@@ -21,28 +21,37 @@ from UAECommonLib.mrml import (
     fingerprint,
     flip_matrix,
     grid_transform,
+    matrix_of,
     parent_chain,
+    roi_fingerprint,
     same_fingerprint,
     vtk_matrix,
     world_matrix,
 )
 
+if TYPE_CHECKING:
+    import SimpleITK as sitk
+
 __all__ = [
-    "OUTDATED", "ResultFiles", "ResultNodes", "find_results", "mark_outdated", "nodes_of", "outdated_reason", "place",
-    "read_result", "show", "top_of", "undo", "use_linear_interpolation",
+    "OUTDATED", "ResultFiles", "ResultNodes", "find_results", "mark_outdated", "nodes_of", "note_region",
+    "outdated_reason", "place", "read_result", "remove", "show", "top_of", "undo", "use_linear_interpolation",
 ]  # fmt: skip
 
 FIXED, MOVING = "spatialRegistrationFixed", "spatialRegistrationMoving"
 """Slicer's own roles of the two scans of a transform node."""
-GRID, REPORT, IMAGE, CARRIER, MOVED, OLD_PARENT = (
-    "UAE.grid", "UAE.report", "UAE.image", "UAE.carrier", "UAE.moved", "UAE.oldParent",
+GRID, REPORT, IMAGE, CARRIER, MOVED, OLD_PARENT, ROI, BOARD = (
+    "UAE.grid", "UAE.report", "UAE.image", "UAE.carrier", "UAE.moved", "UAE.oldParent", "UAE.region",
+    "UAE.checkerboard",
 )  # fmt: skip
 LINEAR = "vtkMRMLLinearTransformNode"
 KIND = "UAE.Registration"
 """Attribute of every node that a registration adds: linear, grid, copy, report or image."""
+MATRIX = "UAE.Matrix"
+"""Attribute of the linear node: its matrix as it was computed, so that an edit by hand shows."""
 OUTDATED = "UAE.Outdated"
 """Attribute of the linear node of a result whose inputs changed: what changed."""
-FIXED_PRINT, MOVING_PRINT = "UAE.FixedFingerprint", "UAE.MovingFingerprint"
+EDITED_MM = 1e-6
+FIXED_PRINT, MOVING_PRINT, ROI_PRINT = "UAE.FixedFingerprint", "UAE.MovingFingerprint", "UAE.RegionFingerprint"
 
 
 @dataclass
@@ -101,6 +110,8 @@ def read_result(folder: str | Path, with_image: bool = False) -> ResultFiles:
     Raises:
         InputError: a file is missing or damaged.
     """
+    import SimpleITK as sitk
+
     from uae.errors import InputError
     from uae.transform_io import read_transform
 
@@ -157,7 +168,7 @@ def place(scene: Any, files: ResultFiles, fixed: Any, moving: Any) -> ResultNode
         carrier, moved, old_parent = _seat(scene, moving, earlier)
         if carrier is None:
             carrier = result.copy = _add(scene, added, LINEAR, f"{moving.GetName()}, copy of its transforms", "copy")
-            carrier.SetMatrixTransformToParent(vtk_matrix(world_matrix(moving)))
+            carrier.SetMatrixTransformToParent(vtk_matrix(world_matrix(moving, top)))
     except BaseException:
         for node in reversed(added):
             scene.RemoveNode(node)
@@ -186,7 +197,9 @@ def _add_nodes(scene: Any, files: ResultFiles, fixed: Any, moving: Any, top: Any
     result = ResultNodes(_add(scene, added, LINEAR, f"{pair}, {files.kind}", "linear"))
     linear = result.linear
     # The file runs fixed -> moving in LPS; "to parent" carries the moving scan to the fixed one in RAS.
-    linear.SetMatrixTransformToParent(vtk_matrix(np.linalg.inv(flip_matrix(files.linear))))
+    to_fixed = np.linalg.inv(flip_matrix(files.linear))
+    linear.SetMatrixTransformToParent(vtk_matrix(to_fixed))
+    linear.SetAttribute(MATRIX, json.dumps(to_fixed.tolist()))
     if files.field is not None:
         name = f"{pair}, deformable (contour support, not dose)"
         result.grid = _add(scene, added, "vtkMRMLGridTransformNode", name, "grid")
@@ -213,19 +226,31 @@ def _seat(scene: Any, moving: Any, earlier: Any) -> tuple[Any, Any, Any]:
 
     The first is None where the topmost parent of the moving scan is shared, and a copy of the chain has to be made.
     """
-    if earlier is not None:
-        return tuple(earlier.GetNodeReference(role) for role in (CARRIER, MOVED, OLD_PARENT))
     chain = parent_chain(moving)
+    if earlier is not None:
+        carrier, moved, old_parent = (earlier.GetNodeReference(role) for role in (CARRIER, MOVED, OLD_PARENT))
+        shared = carrier is not moving and _is_shared(scene, carrier, moving)
+        return (None, moving, chain[0]) if shared else (carrier, moved, old_parent)
     if not chain:
         return moving, moving, None
     if chain[-1].GetAttribute(KIND) == "copy":  # made for an earlier result that is switched off
         for linear in find_results(scene):
             if linear.GetNodeReference(CARRIER) is chain[-1]:
                 return chain[-1], moving, linear.GetNodeReference(OLD_PARENT)
-    own = {node.GetID() for node in (*chain, moving)}
-    if any(node.GetID() not in own for node in _below(scene, chain[-1])):
-        return None, moving, chain[0]
-    return chain[-1], chain[-1], None
+    return (None, moving, chain[0]) if _is_shared(scene, chain[-1], moving) else (chain[-1], chain[-1], None)
+
+
+def _is_shared(scene: Any, transform: Any, moving: Any) -> bool:
+    """Whether a transform moves others than one scan and its chain, or will when an earlier result is undone."""
+    own = [*parent_chain(moving), moving]
+    come_back = (
+        linear.GetNodeReference(OLD_PARENT)
+        for linear in find_results(scene)
+        if linear.GetNodeReference(MOVED) not in own
+    )
+    return any(node not in own for node in _below(scene, transform)) or any(
+        transform in (parent, *parent_chain(parent)) for parent in come_back if parent is not None
+    )
 
 
 def _below(scene: Any, transform: Any) -> list[Any]:
@@ -254,6 +279,13 @@ def _result_above(moving: Any) -> Any:
     """The linear node of our result on top of a node's chain, with nothing foreign above; None elsewhere."""
     chain = parent_chain(moving)
     for index, node in enumerate(chain):
+        if node.GetAttribute(KIND) == "grid":  # the linear part is switched off
+            for linear in find_results(moving.GetScene()):
+                if linear.GetNodeReference(GRID) is node and linear.GetNodeReference(CARRIER) in (
+                    moving,
+                    *chain[:index],
+                ):
+                    return linear if index == len(chain) - 1 else None
         if node.GetAttribute(KIND) == "linear" and node.GetNodeReference(CARRIER) is not None:
             grid = node.GetNodeReference(GRID)
             return node if all(above is grid for above in chain[index + 1 :]) else None
@@ -293,11 +325,32 @@ def undo(scene: Any, linear: Any) -> None:
     others = [one for one in find_results(scene) if one is not linear and one.GetNodeReference(CARRIER) is carrier]
     if moved is not None and (not others or linear in parent_chain(moved)):
         moved.SetAndObserveTransformNodeID(old_parent.GetID() if old_parent is not None else None)
-    for node in filter(None, (result.image, result.report)):
-        scene.RemoveNode(node)
+        if result.copy is not None and not _below(scene, result.copy):
+            result.copy.SetAndObserveTransformNodeID(None)
+    for node in filter(None, (result.image, result.report, linear.GetNodeReference(BOARD))):
+        remove(scene, node)
     for node in filter(None, (None if others else result.copy, linear, result.grid)):
-        if not _below(scene, node):
-            scene.RemoveNode(node)
+        if _below(scene, node):
+            node.RemoveAttribute(KIND)
+        else:
+            remove(scene, node)
+
+
+def remove(scene: Any, node: Any) -> None:
+    """Remove a node with what shows and stores it."""
+    parts = []
+    if node.IsA("vtkMRMLDisplayableNode"):
+        parts += [node.GetNthDisplayNode(index) for index in range(node.GetNumberOfDisplayNodes())]
+    if node.IsA("vtkMRMLStorableNode"):
+        parts += [node.GetNthStorageNode(index) for index in range(node.GetNumberOfStorageNodes())]
+    for part in filter(None, (*parts, node)):
+        scene.RemoveNode(part)
+
+
+def note_region(linear: Any, roi: Any, state: str) -> None:
+    """Note on a result which region it was limited to, and where that was (`roi_fingerprint`) when it began."""
+    linear.SetNodeReferenceID(ROI, roi.GetID())
+    linear.SetAttribute(ROI_PRINT, state)
 
 
 def outdated_reason(linear: Any) -> str:
@@ -316,7 +369,33 @@ def outdated_reason(linear: Any) -> str:
             same = False
         if not same:
             return f"the {name} scan {node.GetName()} was changed or moved"
+    return _placement_change(linear) or _region_change(linear)
+
+
+def _placement_change(linear: Any) -> str:
+    """Whether the result itself was edited, or is carried further by a transform that is not ours."""
+    matrix = vtk.vtkMatrix4x4()
+    linear.GetMatrixTransformToParent(matrix)
+    stored = linear.GetAttribute(MATRIX)
+    if stored and not np.allclose(matrix_of(matrix), json.loads(stored), rtol=0, atol=EDITED_MM):
+        return f"the transform {linear.GetName()} was edited"
+    carrier, grid = linear.GetNodeReference(CARRIER), linear.GetNodeReference(GRID)
+    if carrier is not None and any(node is not linear and node is not grid for node in parent_chain(carrier)):
+        return "the moving scan was put under another transform"
     return ""
+
+
+def _region_change(linear: Any) -> str:
+    stored, roi = linear.GetAttribute(ROI_PRINT), linear.GetNodeReference(ROI)
+    if not stored:
+        return ""
+    if roi is None:
+        return "the region was removed"
+    try:
+        same = same_fingerprint(roi_fingerprint(roi), stored)
+    except UnsuitableNodeError:
+        same = False
+    return "" if same else f"the region {roi.GetName()} was changed or moved"
 
 
 def mark_outdated(linear: Any, reason: str) -> None:

@@ -99,7 +99,9 @@ def register_samples(icon: str | None = None) -> None:
 
     def make(_source: Any) -> list[Any]:
         try:
-            return load_sample(slicer.mrmlScene, wait)
+            ct, mr = load_sample(slicer.mrmlScene, wait)
+            slicer.util.setSliceViewerLayers(background=ct, foreground=mr, foregroundOpacity=0.5, fit=True)
+            return [ct, mr]
         except UAEError as error:
             slicer.util.errorDisplay(str(error), windowTitle=_("Sample data"))
             return []

@@ -7,6 +7,7 @@ import json
 import logging
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from uae.errors import CancelledError, InputError, NoConfidentResultError, ResourceError, UAEError
@@ -53,6 +54,9 @@ class WorkerClient:
         runner: the process interface; made for where we are if not given.
         options: further options of `uae worker`.
         on_message: told warnings, such as a fall-back to the CPU, and the log's lines.
+
+    Attributes:
+        folder: temporary files of this worker's requests; the worker removes them where this process vanishes.
     """
 
     def __init__(
@@ -67,6 +71,7 @@ class WorkerClient:
         self._prepared: dict[str, dict[str, Any]] = {}
         self._known: set[str] = set()
         self.starts = 0
+        self.folder: str | Path = ""
 
     @property
     def busy(self) -> bool:
@@ -131,9 +136,11 @@ class WorkerClient:
         }
         return self.request("match", pair, values, **callbacks)
 
-    def similarity_map(self, pair: str, point: Sequence[float], output: str, **callbacks: Any) -> int:
-        """Write the similarity of one template point (LPS mm) to every place of the query."""
-        values = {"pair": pair, "point": [float(value) for value in point], "output": output}
+    def similarity_map(
+        self, pair: str, point: Sequence[float], output: str, method: str = "auto", **callbacks: Any
+    ) -> int:
+        """Write the similarity of one template point (LPS mm) to every place of the query, as the method sees it."""
+        values = {"pair": pair, "point": [float(value) for value in point], "output": output, "method": method}
         return self.request("similarity_map", pair, values, **callbacks)
 
     def request(self, command: str, pair: str | None, values: dict[str, Any], **callbacks: Any) -> int:
@@ -182,7 +189,7 @@ class WorkerClient:
         if self.runner.running:
             return
         self._known.clear()
-        self.runner.start(self._arguments, self._on_line, self._on_finished, self._log)
+        self.runner.start(self._arguments, self._on_line, self._on_finished, self._log, self.folder)
         self.starts += 1
         if self._load is not None:
             self._send("load", None, self._load)

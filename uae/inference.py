@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from uae.device import inference_dtype, is_out_of_memory
+from uae.device import expected_cpu_time, inference_dtype, is_out_of_memory
 from uae.errors import ResourceError
 from uae.progress import Cancel, Progress, check_cancel, report
 
@@ -73,7 +73,10 @@ def run_model(
             # Outside the handler: the traceback would keep the failed pass's tensors alive.
             torch.cuda.empty_cache()
             logger.warning("out of GPU memory with a bound of %.0f MB; trying thinner slabs", bound)
-        logger.warning("out of GPU memory on %s; the CPU takes over", device, extra={"fallback_device": "cpu"})
+        expected = expected_cpu_time(image.size / 1e6)
+        logger.warning(
+            "out of GPU memory on %s; the CPU takes over: expect %s", device, expected, extra={"fallback_device": "cpu"}
+        )
         device = torch.device("cpu")
     try:
         return run_network(model.network(device), image, inference_dtype(device), memory_mb, progress, cancel)

@@ -7,7 +7,6 @@ mapping of plain values, fit for JSON.
 from __future__ import annotations
 
 import logging
-import math
 import os
 import time
 from collections import OrderedDict
@@ -18,6 +17,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from uae.errors import InputError
+from uae.json_values import plain
 from uae.progress import Cancel, Progress, report
 
 if TYPE_CHECKING:
@@ -38,24 +38,22 @@ UNUSED_EMBEDDINGS = 2
 """Embeddings kept that no prepared pair uses: the template of the next pair is often the last one's."""
 
 METHODS = ("auto", "fixed-point", "guided", "nearest")
-GUIDED = ("auto", "guided")
+GUIDED = ("auto", "guided", "guided-nearest")
 
 
 @dataclass
 class _Pair:
-    """A prepared pair: what it was made from, the scans' own embeddings, their relation, and what was answered."""
+    """A prepared pair: what it was made from, the scans' relation, and what was answered."""
 
     key: tuple[Any, ...]
-    template: Embedding
-    query: Embedding
     used: tuple[Any, Any]
     relation: Relation
     model: Model
     answer: dict[str, Any]
 
-    @property
-    def trusted(self) -> bool:
-        return self.relation.found.verdict != "refused"
+    def seen_by(self, method: str) -> tuple[Embedding, Embedding]:
+        """The embeddings that a matching method compares."""
+        return self.relation.seen if method in GUIDED else self.relation.own
 
 
 @dataclass
@@ -109,7 +107,7 @@ class Worker:
                 * prepare: pair (any name), template and query, each {path, modality}; model and device where these are
                   not to be the loaded ones. Embeds both and relates them.
                 * match: pair, points (N x 3), labels, method (auto, guided, fixed-point, nearest), side.
-                * similarity_map: pair, point, output (an image file).
+                * similarity_map: pair, point, method, output (an image file).
                 * forget: pair.
             progress: told stage and fraction.
             partial: told the nearest-neighbour answer of a `match` before the better one.
@@ -154,12 +152,15 @@ class Worker:
 
     def _prepare(self, call: _Call) -> dict[str, Any]:
         """Embed both scans and find their prior alignment: its verdict, matrix, and what it was found with."""
-        from uae.device import describe_device, resolve_device
+        import numpy as np
+
+        from uae.device import describe_device, expected_cpu_time, resolve_device
         from uae.models import default_model
         from uae.registration.relate import relate
 
         name = call.text("pair")
-        device = _usable_device(str(call.values.get("device") or self.device))
+        asked_device = str(call.values.get("device") or self.device)
+        device = _usable_device(asked_device)
         wanted = call.values.get("model") or self.model
         asked = [_scan_request(call.values, role) for role in ("template", "query")]
         key = (wanted, device, *asked)
@@ -168,6 +169,9 @@ class Worker:
         start = time.perf_counter()
         report(call.progress, "read", 0.0)
         volumes = [_read(request, role) for request, role in zip(asked, ("template", "query"), strict=True)]
+        if device != asked_device:
+            million = sum(float(np.prod(volume.geometry.extent_mm)) for volume in volumes) / 8e6
+            logger.warning("on the CPU the embeddings take %s", expected_cpu_time(million))
         model = self._loaded(wanted or default_model(volumes[0].modality, volumes[1].modality))
         seconds = {"read": time.perf_counter() - start}
         with _watch_fallback() as fallback:
@@ -203,7 +207,7 @@ class Worker:
             "seconds": seconds,
         }
         used = tuple((*request, model.sha256) for request in asked)
-        self._pairs[name] = _Pair(key, *embedded, used, relation, model, plain(answer))
+        self._pairs[name] = _Pair(key, used, relation, model, plain(answer))
         self._forget_unused()
         return answer
 
@@ -237,9 +241,7 @@ class Worker:
         """Match points of the template: the nearest neighbours go to `partial`, the asked method is returned."""
         pair = self._pair(call)
         points, labels = _points_and_labels(call.values)
-        method, side = call.values.get("method") or "auto", call.values.get("side", 5)
-        if method not in METHODS:
-            raise InputError(f"unknown matching method {method!r}; use one of {', '.join(METHODS)}")
+        method, side = _method(call), call.values.get("side", 5)
         if isinstance(side, bool) or not isinstance(side, int) or side < 1 or side % 2 == 0:
             raise InputError(f"side {side!r}: give an odd number of cells, such as 5")
         quick = "guided-nearest" if method in GUIDED else "nearest"
@@ -257,7 +259,7 @@ class Worker:
         pair = self._pair(call)
         points, _ = _points_and_labels({"points": [call.values.get("point")]})
         output = call.text("output")
-        similarity_map(pair.template, pair.query, points[0]).write(output)
+        similarity_map(*pair.seen_by(_method(call)), points[0]).write(output)
         return {"pair": call.values["pair"], "output": output}
 
     def _forget(self, call: _Call) -> dict[str, Any]:
@@ -284,8 +286,7 @@ def _match_all(
     """Matches of points (N, 3) LPS mm, in order; a point outside the template scan gets no place, and the reason."""
     from uae.matching import inside_scan, match_points
 
-    found, guided = pair.relation.found, method in (*GUIDED, "guided-nearest")
-    seen = (pair.relation.fixed, pair.relation.moving) if guided and pair.trusted else (pair.template, pair.query)
+    found, seen, guided = pair.relation.found, pair.seen_by(method), method in GUIDED
     # match_points would refuse a point outside, and with it all others
     inside = inside_scan(seen[0], points)
     matches: list[Match] = []
@@ -304,6 +305,13 @@ def _match_all(
         )
     answers = iter(matches)
     return [_match_facts(next(answers)) if ok else _outside(label) for label, ok in zip(labels, inside, strict=True)]
+
+
+def _method(call: _Call) -> str:
+    method = call.values.get("method") or "auto"
+    if method not in METHODS:
+        raise InputError(f"unknown matching method {method!r}; use one of {', '.join(METHODS)}")
+    return method
 
 
 def _match_facts(match: Match) -> dict[str, Any]:
@@ -374,7 +382,7 @@ def _usable_device(name: str) -> str:
     except InputError as error:
         if not name.startswith("cuda"):
             raise
-        logger.warning("%s; the CPU is used, which takes longer", str(error).partition(";")[0])
+        logger.warning("%s; the CPU is used", str(error).partition(";")[0])
         return "cpu"
     return name
 
@@ -399,16 +407,3 @@ def _watch_fallback() -> Iterator[list[str]]:
 
 def _model_facts(model: Model) -> dict[str, str]:
     return {"name": model.name, "version": model.version, "sha256": model.sha256}
-
-
-def plain(value: Any) -> Any:
-    """The value with arrays as lists, numpy's numbers as Python's, and non-finite ones as None, as JSON needs it."""
-    if isinstance(value, Mapping):
-        return {str(key): plain(item) for key, item in value.items()}
-    if isinstance(value, (list, tuple)):
-        return [plain(item) for item in value]
-    if hasattr(value, "tolist"):
-        return plain(value.tolist())
-    if isinstance(value, float) and not math.isfinite(value):
-        return None
-    return value

@@ -7,10 +7,11 @@ import numpy as np
 import pytest
 
 from uae.bench.calibrate import FIGURES, calibrate, cross_check, fit_box, fit_match, judge_thresholds
-from uae.bench.metrics import plain, point_errors, summarise, transform_tre, verdict_of_case
+from uae.bench.metrics import point_errors, summarise, transform_tre, verdict_of_case
 from uae.bench.parts import PARTIAL, PARTIAL_SHARE, along_body, partial_pair
 from uae.errors import InputError
 from uae.geometry import Geometry
+from uae.json_values import plain
 from uae.simulate import SimulatedPair
 from uae.transform import Rigid
 from uae.volume import Volume

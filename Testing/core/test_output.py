@@ -202,7 +202,7 @@ def registered(result, monkeypatch):
         found = result.adareg
         found.verdict, found.reason = verdict, f"by the limits: {verdict}"
         monkeypatch.setattr("uae.embedding.embed", lambda *_, **__: Body())
-        monkeypatch.setattr(pipeline, "relate", lambda *_, **__: Relation(found, Body(), Body()))
+        monkeypatch.setattr(pipeline, "relate", lambda *_, **__: Relation(found, Body(), Body(), (Body(), Body())))
         monkeypatch.setattr(pipeline, "refine_rigid", lambda *_, **__: refined)
         return pipeline.register(result.fixed, result.moving, Model(), RegisterOptions(device="cpu", **options))
 

@@ -241,7 +241,7 @@ def test_cancel_ends_a_waiting_and_a_running_request(child, prepared, scans, tmp
 def test_similarity_map_is_written_where_it_was_asked_for(child, prepared, direct, tmp_path):
     output = tmp_path / "Ähnlichkeit 1.nrrd"
     assert child.ask("similarity_map", pair="p", point=SPINE, output=str(output))["output"] == str(output)
-    written, expected = Volume.read(output), similarity_map(*direct[1], np.array([SPINE]))
+    written, expected = Volume.read(output), similarity_map(*direct[2].seen, np.array([SPINE]))
     np.testing.assert_allclose(written.array, expected.array, atol=1e-6)
     assert written.geometry.same_as(expected.geometry)
 
@@ -381,4 +381,4 @@ def test_a_changed_file_is_read_again(small_ct, tiny_model, tmp_path):
     volume.replace(volume.array + 10).write(scan)
     worker.answer({"command": "prepare", "pair": "p", **scans})
     assert worker._pairs["p"] is not first
-    assert not np.array_equal(worker._pairs["p"].template.fine, first.template.fine)
+    assert not np.array_equal(worker._pairs["p"].relation.own[0].fine, first.relation.own[0].fine)

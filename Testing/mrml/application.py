@@ -15,7 +15,7 @@ from typing import Any
 import slicer
 import slicer.util
 import vtk
-from qt_widgets import Timer, load_ui
+from qt_widgets import QT, FileDialog, TableItem, Timer, load_ui
 
 
 class Application:
@@ -41,12 +41,16 @@ class Application:
         )
         patch.setattr(slicer, "app", app, raising=False)
         patch.setattr(slicer, "modules", SimpleNamespace(), raising=False)
+        place = SimpleNamespace(ForcePlaceMultipleMarkups=2)
+        patch.setattr(slicer, "qSlicerMarkupsPlaceWidget", place, raising=False)
         for name, function in {
+            "mainWindow": lambda: None,
             "loadUI": lambda path: Panel(path),
             "childWidgetVariables": lambda panel: panel.widgets,
             "tryWithErrorDisplay": self._try,
             "errorDisplay": lambda text, **_: self.errors.append(text),
             "confirmOkCancelDisplay": lambda *_, **__: self.answers.pop(0) if self.answers else True,
+            "resetSliceViews": lambda: self.layers.update(reset=True),
             "setSliceViewerLayers": lambda **layers: self.layers.update(layers),
         }.items():
             patch.setattr(slicer.util, name, function)
@@ -57,6 +61,7 @@ class Application:
             yield
         except Exception as error:
             self.errors.append(f"{message}\n{error}")
+            raise
 
 
 class Panel:
@@ -67,6 +72,19 @@ class Panel:
 
     def setMRMLScene(self, scene: Any) -> None:
         assert scene is slicer.mrmlScene
+        for widget in vars(self.widgets).values():
+            if widget._kind == "qMRMLNodeComboBox":
+                scene.AddObserver(scene.EndImportEvent, lambda *_, widget=widget: _fill_again(widget))
+
+
+def _fill_again(selector: Any) -> None:
+    """As the application's node model does after an import: emptied and filled row by row.
+
+    The first node then is taken by itself where the selector has neither a row for none nor one for an action.
+    """
+    selector.setCurrentNode(None)
+    if not (selector.noneEnabled or selector.addEnabled or selector.removeEnabled or selector.renameEnabled):
+        selector.setCurrentNode(slicer.mrmlScene.GetFirstNodeByClass(selector.nodeTypes[0]))
 
 
 class ModuleWidget:
@@ -140,12 +158,15 @@ def _from_gui(parameters: Any, tag: int, name: str, value: Any) -> None:
 
 
 def _property(name: str, kind: Any, default: Any) -> property:
-    is_node = isinstance(kind, type) and issubclass(kind, slicer.vtkMRMLNode)
+    is_list = typing.get_origin(kind) is list
+    is_node = not is_list and issubclass(kind, slicer.vtkMRMLNode)
 
     def get(self: Any) -> Any:
         node = self.parameterNode
         if is_node:
             return node.GetNodeReference(name)
+        if is_list:
+            return [node.GetNthNodeReference(name, index) for index in range(node.GetNumberOfNodeReferences(name))]
         text = node.GetParameter(name)
         if text == "":
             return default
@@ -157,6 +178,10 @@ def _property(name: str, kind: Any, default: Any) -> property:
         if is_node:
             assert value is None or isinstance(value, kind), f"{name} takes a {kind.__name__}, not {value}"
             self.parameterNode.SetNodeReferenceID(name, value.GetID() if value is not None else None)
+        elif is_list:
+            self.parameterNode.RemoveNodeReferenceIDs(name)
+            for one in value:
+                self.parameterNode.AddNodeReferenceID(name, one.GetID())
         else:
             assert isinstance(value, kind), f"{name} takes a {kind.__name__}, not {value!r}"
             self.parameterNode.SetParameter(name, value.name if isinstance(value, enum.Enum) else str(value))
@@ -191,7 +216,7 @@ def _connect(widget: Any, kind: Any, changed: Callable[[Any], None]) -> Callable
 def _modules(patch: Any) -> None:
     """The importable modules of the application; what imported them before is forgotten."""
     parts = {
-        "qt": {"QTimer": Timer, "QWidget": object},
+        "qt": {"QTimer": Timer, "QWidget": object, "QTableWidgetItem": TableItem, "Qt": QT, "QFileDialog": FileDialog},
         "ctk": {},
         "slicer.i18n": {"tr": lambda text: text, "translate": lambda _context, text: text},
         "slicer.parameterNodeWrapper": {"parameterNodeWrapper": parameter_node_wrapper},
@@ -206,5 +231,6 @@ def _modules(patch: Any) -> None:
         module = types.ModuleType(name)
         module.__dict__.update(content)
         patch.setitem(sys.modules, name, module)
-    for name in [n for n in sys.modules if n.endswith(("Lib.widget", "Lib.parameters")) and n.startswith("UAE")]:
+    ours = ("Lib.widget", "Lib.parameters", "CommonLib.panel")
+    for name in [n for n in sys.modules if n.endswith(ours) and n.startswith("UAE")]:
         patch.delitem(sys.modules, name)

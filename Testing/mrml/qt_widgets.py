@@ -29,6 +29,8 @@ PROPERTIES: dict[str, dict[str, Any]] = {
     "QPlainTextEdit": {"plainText": "", "readOnly": False},
     "QTextBrowser": {"html": "", "plainText": "", "openExternalLinks": False},
     "QTableWidget": {"rowCount": 0, "columnCount": 0},
+    "qSlicerMarkupsPlaceWidget": {"placeModeEnabled": False, "placeMultipleMarkups": 0},
+    "qMRMLCheckableNodeComboBox": {"nodeTypes": (), "noneEnabled": False, "showChildNodeTypes": True},
     "ctkCollapsibleButton": {"text": "", "collapsed": False},
     "ctkPathLineEdit": {"currentPath": "", "filters": "", "nameFilters": (), "settingKey": ""},
     "ctkSliderWidget": {"value": 0.0, "minimum": 0.0, "maximum": 99.0, "singleStep": 1.0, "decimals": 2, "suffix": ""},
@@ -48,6 +50,8 @@ SIGNALS: dict[str, dict[str, str]] = {
     "ctkPathLineEdit": {"currentPathChanged(QString)": "currentPath"},
     "ctkCollapsibleButton": {"contentsCollapsed(bool)": "collapsed"},
     "qMRMLNodeComboBox": {"currentNodeChanged(vtkMRMLNode*)": "", "currentNodeChanged(bool)": ""},
+    "qMRMLCheckableNodeComboBox": {"checkedNodesChanged()": ""},
+    "QTableWidget": {"cellClicked(int,int)": ""},
     "QTimer": {"timeout()": ""},
 }
 """Signals by class, with the property whose change each tells."""
@@ -79,6 +83,7 @@ class Widget(Emitter):
         object.__setattr__(self, "_values", {**COMMON, **PROPERTIES[kind]})
         object.__setattr__(self, "_items", [])
         object.__setattr__(self, "_node", None)
+        object.__setattr__(self, "_cells", {})
         object.__setattr__(self, "objectName", name)
 
     def __getattr__(self, name: str) -> Any:
@@ -159,16 +164,89 @@ class Widget(Emitter):
     def setMRMLScene(self, _scene: Any) -> None:
         self._only("qMRMLWidget", "qMRMLNodeComboBox")
 
+    def setRowCount(self, count: int) -> None:
+        self._only("QTableWidget")
+        self._values["rowCount"] = count
+        object.__setattr__(self, "_cells", {place: item for place, item in self._cells.items() if place[0] < count})
+
+    def setColumnCount(self, count: int) -> None:
+        self._only("QTableWidget")
+        self._values["columnCount"] = count
+
+    def setHorizontalHeaderLabels(self, labels: list[str]) -> None:
+        self._only("QTableWidget")
+        assert len(labels) == self.columnCount
+
+    def setItem(self, row: int, column: int, item: TableItem) -> None:
+        self._only("QTableWidget")
+        assert row < self.rowCount and column < self.columnCount
+        self._cells[row, column] = item
+
+    def item(self, row: int, column: int) -> TableItem | None:
+        self._only("QTableWidget")
+        return self._cells.get((row, column))
+
+    def currentRow(self) -> int:
+        self._only("QTableWidget")
+        return -1
+
+    def setPlaceModeEnabled(self, enabled: bool) -> None:
+        self._only("qSlicerMarkupsPlaceWidget")
+        self._values["placeModeEnabled"] = enabled
+
+    def setCheckState(self, node: Any, state: int) -> None:
+        self._only("qMRMLCheckableNodeComboBox")
+        others = [one for one in self._items if one is not node]
+        object.__setattr__(self, "_items", [*others, node] if state == QT.Checked else others)
+        self.emit("checkedNodesChanged()")
+
+    def checkedNodes(self) -> list[Any]:
+        self._only("qMRMLCheckableNodeComboBox")
+        return [node for node in self._items if node.GetScene() is not None]
+
     def currentNode(self) -> Any:
-        self._only("qMRMLNodeComboBox")
+        self._only("qMRMLNodeComboBox", "qSlicerMarkupsPlaceWidget")
         return self._node
 
     def setCurrentNode(self, node: Any) -> None:
-        self._only("qMRMLNodeComboBox")
+        self._only("qMRMLNodeComboBox", "qSlicerMarkupsPlaceWidget")
         if node is not self._node:
             object.__setattr__(self, "_node", node)
             self.emit("currentNodeChanged(vtkMRMLNode*)", node)
             self.emit("currentNodeChanged(bool)", node is not None)
+
+
+QT = SimpleNamespace(Checked=2, Unchecked=0, ItemIsSelectable=1, ItemIsEnabled=32)
+
+
+class TableItem:
+    """A QTableWidgetItem."""
+
+    def __init__(self, text: str) -> None:
+        self._text, self._tip, self.flags = text, "", 0
+
+    def text(self) -> str:
+        return self._text
+
+    def setToolTip(self, text: str) -> None:
+        self._tip = text
+
+    def setFlags(self, flags: int) -> None:
+        self.flags = flags
+
+
+class FileDialog:
+    """A QFileDialog whose answer a test sets."""
+
+    answer = ""
+
+    @classmethod
+    def getOpenFileName(cls, _parent: Any, _title: str, _folder: str, _filter: str) -> str:
+        return cls.answer
+
+    @classmethod
+    def getSaveFileName(cls, _parent: Any, _title: str, _folder: str, _filter: str) -> str:
+        return cls.answer
 
 
 class Timer(Emitter):
@@ -183,6 +261,10 @@ class Timer(Emitter):
 
     def setSingleShot(self, single: bool) -> None:
         self.singleShot = single
+
+    @staticmethod
+    def singleShot(_milliseconds: int, call: Callable[[], None]) -> None:
+        call()
 
     def start(self, *_milliseconds: int) -> None:
         self.active = True

@@ -78,11 +78,12 @@ def test_patient_frames_flip_both_ways():
 
 
 def test_panel_names_what_was_not_measured():
-    from UAERegistrationLib.quality import quality_html, quality_rows, stage_label
+    from UAECommonLib.stages import stage_label
+    from UAERegistrationLib.quality import quality_html, quality_rows
 
     rows = dict(quality_rows({"status": "refused", "matches": {"mutual": 20, "heldout_within_10mm": 0.25}}))
     assert rows["Rotation"] == "-" and rows["Matches found (mutual)"] == "20"
-    assert rows["Held-out matches within 10 mm"] == "25%"
+    assert rows["Held-out matches within 10 mm"] == "25 %"
     report = {
         "shift_mm": [1.0, -2.0, 30.0], "rotation_deg": 3.14,
         "refinement": {"used": True, "moved_mm": 1, "moved_deg": 2},

@@ -19,6 +19,7 @@ from landmark_cases import (
     SPINE,
     add_points,
     add_scan,
+    click,
     labels_of,
     linear_parent,
     rigid,
@@ -186,3 +187,57 @@ def test_point_lists_are_saved_and_loaded(logic, scene, tmp_path):
     with pytest.raises(InputError):
         logic.savePoints(found, tmp_path / "points.txt")
     assert scene.GetNumberOfNodes() == count
+
+
+def test_a_scan_removed_while_it_is_embedded_does_not_stop_the_batch(logic, scene):
+    template, first, second = (add_scan(scene, name, seed) for name, seed in (("CT", 0), ("A", 3), ("B", 4)))
+    points = add_points(scene, "Targets", (SPINE,))
+    batch = logic.batch(template, [first, second], points)
+    scene.RemoveNode(first)
+    assert batch.wait(TIMEOUT_S)
+    assert list(batch.results) == [second.GetID()] and "no longer in the scene" in batch.failed["A"]
+
+
+def test_prepare_of_a_pair_that_the_batch_prepares_joins_it(logic, scene):
+    template, query = add_scan(scene, "CT"), add_scan(scene, "A", 3)
+    points, answers = add_points(scene, "Targets", (SPINE,)), []
+    batch = logic.batch(template, [query], points)
+    logic.prepare(template, query, onDone=answers.append)
+    assert batch.wait(TIMEOUT_S) and len(answers) == 1 and not batch.failed
+
+
+def test_the_batch_keeps_a_pair_that_is_followed(logic, scene):
+    template, query = add_scan(scene, "CT"), add_scan(scene, "A", 3)
+    points = add_points(scene, "Targets", (SPINE,))
+    batch = logic.batch(template, [query], points)
+    found = logic.startLive(template, query, points)
+    assert batch.wait(TIMEOUT_S) and logic.waitForAnswers(TIMEOUT_S)
+    click(points, flip_points(LIVER)[0], "liver")
+    assert logic.waitForAnswers(TIMEOUT_S) and labels_of(found) == ["P1", "liver"]
+
+
+def test_other_voxels_match_all_points_again_but_those_set_by_hand(logic, scene):
+    template, query = add_scan(scene, "CT"), add_scan(scene, "A", 3)
+    points = add_points(scene, "Targets", (SPINE, LIVER))
+    logic.prepareAndWait(template, query)
+    found = logic.startLive(template, query, points, method="nearest")
+    assert logic.waitForAnswers(TIMEOUT_S)
+    found.SetNthControlPointPositionWorld(1, flip_points(HILUM)[0].tolist())
+    found.InvokeEvent(found.PointEndInteractionEvent)
+    found.SetNthControlPointDescription(0, "old")
+    logic.prepareAndWait(template, query)
+    assert logic.waitForAnswers(TIMEOUT_S) and found.GetNthControlPointDescription(0) == "old"
+    array_of(query)[:] = array_of(query) + 3
+    query.GetImageData().Modified()
+    logic.prepareAndWait(template, query)
+    assert logic.waitForAnswers(TIMEOUT_S)
+    assert found.GetNthControlPointDescription(0).startswith("score")
+    assert found.GetNthControlPointDescription(1) == "placed by hand"
+
+
+def test_no_points_leave_no_list(logic, scene):
+    template, query = add_scan(scene, "CT"), add_scan(scene, "A", 3)
+    points, before = add_points(scene), scene.GetNumberOfNodes()
+    with pytest.raises(InputError, match="no points"):
+        logic.match(template, query, points)
+    assert scene.GetNumberOfNodes() == before

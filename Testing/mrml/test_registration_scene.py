@@ -22,7 +22,7 @@ from scenes import (
 
 from UAECommonLib import result_nodes
 from UAECommonLib.errors import UnsuitableNodeError
-from UAECommonLib.mrml import flip_points, ijk_to_world_lps
+from UAECommonLib.mrml import flip_points, ijk_to_world_lps, roi_fingerprint, write_volume
 from UAERegistrationLib.logic import UAERegistrationLogic
 
 
@@ -216,10 +216,141 @@ def test_a_changed_input_marks_the_result_as_outdated(scene, pair, tmp_path, cha
     logic.close()
 
 
+@pytest.mark.parametrize("change", ["size", "place", "parent", "remove"])
+def test_a_changed_region_marks_the_result_as_outdated(scene, pair, tmp_path, change):
+    roi = scene.AddNewNodeByClass("vtkMRMLMarkupsROINode", "region")
+    roi.SetCenter(10, 20, 30)
+    roi.SetSize(40, 25, 60)
+    parent = add_linear(scene, "of region", np.eye(4))
+    roi.SetAndObserveTransformNodeID(parent.GetID())
+    result = placed(scene, pair, write_result_folder(tmp_path / "result"))
+    result_nodes.note_region(result.linear, roi, roi_fingerprint(roi))
+    logic, told = UAERegistrationLogic(scene), []
+    logic.observe(result.linear, told.append)
+    roi.SetName("renamed")
+    assert logic.outdated(result.linear) == "" and not told
+    if change == "size":
+        roi.SetSize(40, 25, 61)
+    elif change == "place":
+        roi.SetCenter(11, 20, 30)
+    elif change == "parent":
+        parent.SetMatrixTransformToParent(_shift(5))
+    else:
+        scene.RemoveNode(roi)
+    assert "region" in logic.outdated(result.linear)
+    assert told or change == "remove"
+    logic.close()
+
+
 def _shift(mm):
     matrix = vtk.vtkMatrix4x4()
     matrix.SetElement(0, 3, mm)
     return matrix
+
+
+def test_the_checkerboard_is_one_volume_that_goes_with_undo(scene, pair, tmp_path):
+    fixed, moving = pair
+    files = result_nodes.read_result(write_result_folder(tmp_path / "result"))
+    write_volume(fixed, tmp_path / "fixed.nrrd")
+    files.image = sitk.ReadImage(str(tmp_path / "fixed.nrrd"))
+    result = result_nodes.place(scene, files, fixed, moving)
+    logic, count = UAERegistrationLogic(scene), scene.GetNumberOfNodesByClass("vtkMRMLScalarVolumeNode")
+    first = logic.checkerboard(result.linear)
+    second = logic.checkerboard(result.linear)
+    assert first.GetScene() is None and second.GetScene() is scene
+    assert scene.GetNumberOfNodesByClass("vtkMRMLScalarVolumeNode") == count + 1
+    logic.undo(result.linear)
+    assert scene.GetNumberOfNodesByClass("vtkMRMLScalarVolumeNode") == 2
+    plain = placed(scene, pair, write_result_folder(tmp_path / "plain"))
+    with pytest.raises(UnsuitableNodeError, match="resampled"):
+        logic.checkerboard(plain.linear)
+
+
+@pytest.mark.parametrize("order", [(0, 1, 2), (2, 1, 0), (1, 0, 2), (1, 2, 0)])
+@pytest.mark.parametrize("parents", ["none", "own", "shared"])
+def test_undo_in_any_order_leaves_nothing(scene, pair, tmp_path, order, parents):
+    moving = pair[1]
+    parent = add_linear(scene, "P", rigid_ras(20, (5, 6, 7)))
+    for node in {"none": (), "own": (moving,), "shared": pair}[parents]:
+        node.SetAndObserveTransformNodeID(parent.GetID())
+    before = (node_ids(scene), world_positions(scene), transform_matrices(scene))
+    results = [placed(scene, pair, write_result_folder(tmp_path / str(number), number != 1)) for number in range(3)]
+    for number in order:
+        result_nodes.undo(scene, results[number].linear)
+    assert (node_ids(scene), world_positions(scene), transform_matrices(scene)) == before
+
+
+def node_ids(scene):
+    return sorted(scene.GetNthNode(index).GetID() for index in range(scene.GetNumberOfNodes()))
+
+
+def test_undo_keeps_a_transform_that_carries_others_but_no_result(scene, pair, tmp_path):
+    result = placed(scene, pair, write_result_folder(tmp_path / "result", deformable=False))
+    other = add_scan(scene, "other", np.eye(3))
+    other.SetAndObserveTransformNodeID(result.linear.GetID())
+    before = world_positions(scene)[other.GetID()]
+    result_nodes.undo(scene, result.linear)
+    assert world_positions(scene)[other.GetID()] == before and not result_nodes.find_results(scene)
+
+
+@pytest.mark.parametrize("change", ["matrix", "above", "above the scan", "below"])
+def test_a_result_that_was_changed_by_hand_is_outdated(scene, pair, tmp_path, change):
+    moving = pair[1]
+    result = placed(scene, pair, write_result_folder(tmp_path / "result"))
+    logic, told = UAERegistrationLogic(scene), []
+    logic.observe(result.linear, told.append)
+    foreign = add_linear(scene, "foreign", rigid_ras(3, (1, 2, 3)))
+    if change == "matrix":
+        result.linear.SetMatrixTransformToParent(_shift(2))
+    elif change == "above":
+        result.grid.SetAndObserveTransformNodeID(foreign.GetID())
+    elif change == "above the scan":
+        moving.SetAndObserveTransformNodeID(foreign.GetID())
+    else:
+        foreign.SetAndObserveTransformNodeID(result.linear.GetID())
+        moving.SetAndObserveTransformNodeID(foreign.GetID())
+    assert logic.outdated(result.linear) and told
+    logic.close()
+
+
+def test_align_again_with_only_the_deformable_part_on(scene, pair, tmp_path):
+    moving = pair[1]
+    first = placed(scene, pair, write_result_folder(tmp_path / "1"))
+    result_nodes.show(first.linear, with_linear=False)
+    assert result_nodes.top_of(moving) is moving
+    second = placed(scene, pair, write_result_folder(tmp_path / "2", deformable=False))
+    assert moving.GetParentTransformNode() is second.linear and second.linear.GetParentTransformNode() is None
+    assert "replaced" in result_nodes.outdated_reason(first.linear)
+
+
+def test_a_parent_that_others_joined_later_stays_in_its_place(scene, pair, tmp_path):
+    moving = pair[1]
+    parent = add_linear(scene, "P", rigid_ras(20, (5, 6, 7)))
+    moving.SetAndObserveTransformNodeID(parent.GetID())
+    placed(scene, pair, write_result_folder(tmp_path / "1", deformable=False))
+    other = add_scan(scene, "other", np.eye(3))
+    other.SetAndObserveTransformNodeID(parent.GetID())
+    before = world_positions(scene)[other.GetID()]
+    aligned = world_positions(scene)[moving.GetID()]
+    second = placed(scene, pair, write_result_folder(tmp_path / "2", deformable=False))
+    after = world_positions(scene)
+    assert after[other.GetID()] == before and second.copy is not None
+    np.testing.assert_allclose(after[moving.GetID()], aligned, atol=1e-9)
+    result_nodes.undo(scene, second.linear)
+    assert moving.GetParentTransformNode() is parent
+
+
+def test_there_and_back_undone_in_order(scene, pair, tmp_path):
+    parent = add_linear(scene, "P", rigid_ras(20, (5, 6, 7)))
+    for node in pair:
+        node.SetAndObserveTransformNodeID(parent.GetID())
+    before = world_positions(scene)
+    first = placed(scene, pair, write_result_folder(tmp_path / "1", deformable=False))
+    second = placed(scene, pair[::-1], write_result_folder(tmp_path / "2", deformable=False))
+    result_nodes.undo(scene, first.linear)
+    assert world_positions(scene)[pair[1].GetID()] == before[pair[1].GetID()]
+    result_nodes.undo(scene, second.linear)
+    assert world_positions(scene) == before and not result_nodes.find_results(scene)
 
 
 def test_a_foreign_non_linear_parent_is_refused(scene, pair, tmp_path):

@@ -15,9 +15,10 @@ from UAECommonLib.mrml import add_volume
 @pytest.fixture
 def widget(application, monkeypatch):
     """The panel of an opened module."""
+    from UAECommonLib import panel as shared
     from UAERegistrationLib import widget as module
 
-    monkeypatch.setattr(module, "list_devices", lambda found: found({"cpu": "cpu (test)", "cuda:0": "cuda:0 (test)"}))
+    monkeypatch.setattr(shared, "list_devices", lambda found: found({"cpu": "cpu (test)", "cuda:0": "cuda:0 (test)"}))
     panel = module.UAERegistrationWidget()
     panel.setup()
     yield panel
@@ -46,7 +47,7 @@ def finish(widget, folder, fixed, moving):
 
     files = result_nodes.read_result(folder)
     nodes = result_nodes.place(slicer.mrmlScene, files, fixed, moving)
-    widget.onFinished(Outcome("accepted", "made by a test", files.report, nodes))
+    widget.onFinished(Outcome("accepted", "made by a test", files.report, nodes, scans=(fixed, moving)))
     return nodes
 
 
@@ -72,7 +73,6 @@ def test_choices_are_kept_in_the_scene(widget, headless, tmp_path):
     assert (parameters.preset.value, parameters.device, parameters.resample) == ("deformable", "cuda:0", True)
     assert parameters.fixedVolume is fixed and parameters.movingModality.value == "mr"
     headless.load_scene(headless.save_scene(tmp_path / "scene.mrb"))
-    widget.onSceneImported()
     assert widget.parameters.preset.value == "deformable" and widget.parameters.fixedVolume is headless.node("CT")
     assert widget.ui.fixedSelector.currentNode() is headless.node("CT")
     assert widget.ui.deviceComboBox.currentData == "cuda:0" and widget.ui.resampleCheckBox.checked
@@ -124,11 +124,27 @@ def test_result_is_shown_switched_and_undone(widget, tmp_path):
 def test_refusal_is_shown_with_its_reason(widget):
     from UAERegistrationLib.logic import Outcome
 
-    choose(widget)
+    scans = choose(widget)
     report = {"status": "refused", "reason": "too few matches agree", "matches": {"mutual": 12, "inliers": 3}}
-    widget.onFinished(Outcome("refused", report["reason"], report))
+    widget.onFinished(Outcome("refused", report["reason"], report, scans=scans))
     assert widget.ui.verdictLabel.text == "REFUSED: too few matches agree"
     assert widget.parameters.result is None and "12" in widget.ui.qualityTextBrowser.html
+    widget.ui.resampleCheckBox.click()
+    assert widget.ui.verdictLabel.text.startswith("REFUSED") and widget.ui.resultCollapsibleButton.enabled
+    assert not widget.ui.undoButton.enabled and not widget.ui.linearCheckBox.enabled
+    widget.updateGui()
+    assert widget.ui.verdictLabel.text.startswith("REFUSED")
+    widget.ui.movingSelector.setCurrentNode(torso("another MR", 2))
+    assert "REFUSED" not in widget.ui.verdictLabel.text
+
+
+def test_a_doubtful_scan_is_named_before_anything_runs(widget, application):
+    fixed, _ = choose(widget)
+    slicer.util.arrayFromVolume(fixed)[:] = 7
+    slicer.util.arrayFromVolumeModified(fixed)
+    widget.ui.alignButton.click()
+    assert not widget.logic.running and len(application.errors) == 1
+    assert "whether CT is CT or MR is doubtful" in application.errors[0] and "/" not in application.errors[0]
 
 
 def test_compare_views_follow_the_panel(widget, headless):

@@ -9,11 +9,11 @@ from typing import Any
 
 import vtk
 
-from uae.errors import CancelledError, InputError, UAEError
+from uae.errors import InputError, UAEError
 from uae.files import atomic_path
 from UAECommonLib.i18n import _
 from UAECommonLib.mrml import flip_points
-from UAELandmarkLib.link import Link, make_link
+from UAELandmarkLib.link import Link, has_points, make_link
 from UAELandmarkLib.places import world_ras
 from UAELandmarkLib.preparation import OnDone, OnProgress, Preparation, check_volumes
 
@@ -47,10 +47,7 @@ class Batch:
     ) -> None:
         if not queries:
             raise InputError(_("choose at least one query volume"))
-        if points is None or not any(
-            points.GetNthControlPointPositionStatus(index) == points.PositionDefined
-            for index in range(points.GetNumberOfControlPoints())
-        ):
+        if points is None or not has_points(points):
             raise InputError(_("there are no points to match; place at least one in the template scan"))
         for query in queries:
             check_volumes(template, query)
@@ -60,6 +57,7 @@ class Batch:
         self._waiting = [(query.GetID(), query.GetName()) for query in queries]
         self._count = len(queries)
         self._request: int | None = None
+        self._stopped = False
         self._on_progress: OnProgress | None = None
         self._on_done: OnDone | None = None
         self.results: dict[str, str] = {}
@@ -87,6 +85,7 @@ class Batch:
 
     def cancel(self) -> None:
         """Stop; what is in the table stays."""
+        self._stopped = True
         self._waiting.clear()
         if self._request is not None:
             self._preparation.client.cancel(self._request)
@@ -108,7 +107,7 @@ class Batch:
         query_id, name = self._waiting.pop(0)
         query = self._scene.GetNodeByID(query_id)
         if query is None:
-            self._failed(name, InputError(_("the volume is no longer in the scene")))
+            self._failed(name, _gone())
             return
         place = _("{number} of {count}, {name}").format(
             number=self._count - len(self._waiting), count=self._count, name=name
@@ -124,13 +123,12 @@ class Batch:
         def prepared(_answer: Any) -> None:
             self._match(template, query, points, kept)
 
+        def failed(error: UAEError) -> None:
+            self._failed(name, error if self._scene.GetNodeByID(query_id) is not None else _gone())
+
         try:
-            self._request = (
-                self._preparation.start(
-                    template, query, self._options, progress, prepared, lambda error: self._failed(name, error)
-                )
-                or self._request
-            )
+            started = self._preparation.start(template, query, self._options, progress, prepared, failed)
+            self._request = started or self._request
         except UAEError as error:
             self._failed(name, error)
 
@@ -141,7 +139,7 @@ class Batch:
         asked = link.template_points()
 
         def matched(record: dict[str, Any]) -> None:
-            if not kept:
+            if not kept and not self._preparation.in_use(pair):
                 self._preparation.forget(self._preparation.pairs.take(template, query))
             if link.complete and self.table is not None:
                 link.show(asked, record["matches"], final=True)
@@ -173,7 +171,7 @@ class Batch:
 
     def _failed(self, name: str, error: UAEError) -> None:
         self.failed[name] = str(error)
-        if self.table is None or isinstance(error, CancelledError):
+        if self.table is None or self._stopped:
             self._waiting.clear()
         else:
             self._row(name, {"confident": "false", "reason": str(error)})
@@ -189,6 +187,10 @@ class Batch:
         if not self.done:
             self.done, self._request = True, None
             self._preparation.tell(self._on_done, self)
+
+
+def _gone() -> InputError:
+    return InputError(_("the volume is no longer in the scene"))
 
 
 def export_table(node: Any, path: str | Path) -> None:

@@ -5,8 +5,6 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-import SimpleITK as sitk
-
 from uae.errors import InputError
 from UAECommonLib.i18n import _
 from UAECommonLib.mrml import add_volume, flip_points
@@ -14,7 +12,7 @@ from UAELandmarkLib.link import MAP, QUERY, Link
 
 __all__ = ["load_points", "save_points", "show_map"]
 
-MAP_COLORS = "vtkMRMLColorTableNodeFileColdToHotRainbow.txt"
+MAP_COLORS, PLAIN_MAP_COLORS = "vtkMRMLColorTableNodeFileColdToHotRainbow.txt", "vtkMRMLColorTableNodeReverseRainbow"
 
 
 def save_points(scene: Any, markups: Any, path: str | Path) -> None:
@@ -84,6 +82,8 @@ def show_map(link: Link, file: Path, label: str) -> Any:
     Returns:
         The volume node.
     """
+    import SimpleITK as sitk
+
     image = sitk.ReadImage(str(file))
     file.unlink(missing_ok=True)
     query, earlier = link.reference(QUERY), link.reference(MAP)
@@ -96,7 +96,8 @@ def show_map(link: Link, file: Path, label: str) -> Any:
     link.node.SetNodeReferenceID(MAP, node.GetID())
     display = node.GetDisplayNode()
     if display is not None:
-        display.SetAndObserveColorNodeID(MAP_COLORS)
+        known = link.scene.GetNodeByID(MAP_COLORS) is not None
+        display.SetAndObserveColorNodeID(MAP_COLORS if known else PLAIN_MAP_COLORS)
         display.AutoWindowLevelOff()
         display.SetWindowLevelMinMax(0.0, 1.0)
         display.SetThreshold(0.0, 1.0)

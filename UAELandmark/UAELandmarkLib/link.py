@@ -17,11 +17,11 @@ import numpy as np
 from UAECommonLib.i18n import _
 from UAELandmarkLib.places import own_lps, world_ras
 
-__all__ = ["Changes", "Link", "describe", "find_links", "make_link"]
+__all__ = ["Changes", "Link", "describe", "find_links", "has_points", "make_link"]
 
 TEMPLATE_POINTS, TEMPLATE, QUERY, MAP = "UAE.templateMarkups", "UAE.templateVolume", "UAE.queryVolume", "UAE.map"
 """Node references of the query's markups node (MAP: to the similarity map shown last)."""
-LINKED, LIVE, METHOD = "UAE.linked", "UAE.live", "UAE.method"
+LINKED, LIVE, METHOD, ORIGIN = "UAE.linked", "UAE.live", "UAE.method", "UAE.origin"
 """Its attributes."""
 MOVED_MM = 1e-3
 CONFIDENT_COLOR, DOUBTFUL_COLOR = (0.1, 0.75, 0.55), (0.95, 0.45, 0.1)
@@ -79,7 +79,10 @@ class Link:
 
     @property
     def notes(self) -> dict[str, dict[str, Any]]:
-        """By template point ID: {"query": point ID, "at": [L, P, S], "found": [L, P, S], "final": bool}."""
+        """What is noted by template point ID.
+
+        {"query": point ID, "at": [L, P, S], "found": [L, P, S], "final": bool, "hand": bool (set by the user)}.
+        """
         return json.loads(self.node.GetAttribute(LINKED) or "{}")
 
     def _note(self, notes: Mapping[str, Any]) -> None:
@@ -165,8 +168,17 @@ class Link:
         self.node.SetNthControlPointSelected(index, bool(match["confident"]))
         return notes[point_id]["query"]
 
+    def renew(self, origin: str) -> None:
+        """Have all points matched again that rest on another model, modality or other voxels, but those set by hand."""
+        if self.node.GetAttribute(ORIGIN) not in (None, origin):
+            notes = self.notes
+            for note in notes.values():
+                note["final"] = note.get("hand", False)
+            self._note(notes)
+
     def tell_origin(self, prepared: Mapping[str, Any]) -> None:
         """Say in the node's description with what its points were found: model, device, verdict of the alignment."""
+        self.node.SetAttribute(ORIGIN, prepared["origin"])
         self.node.SetDescription(
             _("{model} {version} on {device}; prior alignment of the scans: {verdict}").format(
                 model=prepared["model"]["name"],
@@ -194,7 +206,7 @@ class Link:
                 continue
             place = own_lps(volume, self.node.GetNthControlPointPositionWorld(index))[0]
             if np.linalg.norm(place - note["found"]) > MOVED_MM:
-                note.update(found=place.tolist(), final=True)
+                note.update(found=place.tolist(), final=True, hand=True)
                 self.node.SetNthControlPointDescription(index, _("placed by hand"))
                 self.node.SetNthControlPointSelected(index, False)
         self._note(notes)
@@ -236,11 +248,12 @@ def make_link(scene: Any, template: Any, query: Any, points: Any, node: Any = No
     """
     if node is None:
         name = scene.GenerateUniqueName(f"{points.GetName()} in {query.GetName()}")
-        node = scene.AddNewNodeByClass("vtkMRMLMarkupsFiducialNode", name)
+        node = _add_points(scene, name, points)
+    points.SetUndoEnabled(True)
     node.SetUndoEnabled(True)
     node.CreateDefaultDisplayNodes()
     display = node.GetDisplayNode()
-    if display is not None:
+    if display is not None and node.GetAttribute(LINKED) is None:  # later colours are the user's
         display.SetSelectedColor(*CONFIDENT_COLOR)
         display.SetColor(*DOUBTFUL_COLOR)
     for role, other in ((TEMPLATE_POINTS, points), (TEMPLATE, template), (QUERY, query)):
@@ -254,6 +267,18 @@ def make_link(scene: Any, template: Any, query: Any, points: Any, node: Any = No
     return link
 
 
+def _add_points(scene: Any, name: str, template_points: Any) -> Any:
+    """A new point list that does not become the one into which the user's clicks go, as new lists do."""
+    selection = scene.GetNodeByID("vtkMRMLSelectionNodeSingleton")
+    before = selection.GetActivePlaceNodeID() if selection is not None else None
+    kind = selection.GetActivePlaceNodeClassName() if selection is not None else None
+    node = scene.AddNewNodeByClass("vtkMRMLMarkupsFiducialNode", name)
+    if selection is not None and selection.GetActivePlaceNodeID() == node.GetID():
+        selection.SetReferenceActivePlaceNodeClassName(kind if before else template_points.GetClassName())
+        selection.SetReferenceActivePlaceNodeID(before or template_points.GetID())
+    return node
+
+
 def find_links(scene: Any) -> list[Link]:
     """The links in a scene, such as one that was just opened."""
     count = scene.GetNumberOfNodesByClass("vtkMRMLMarkupsFiducialNode")
@@ -263,6 +288,11 @@ def find_links(scene: Any) -> list[Link]:
 
 def _indices(markups: Any) -> dict[str, int]:
     return {markups.GetNthControlPointID(index): index for index in range(markups.GetNumberOfControlPoints())}
+
+
+def has_points(markups: Any) -> bool:
+    """Whether a point list holds a placed point."""
+    return bool(_placed(markups))
 
 
 def _placed(markups: Any) -> dict[str, int]:

@@ -49,6 +49,7 @@ class LiveMatching:
         self, preparation: Preparation, say: Callable[[str], None], jump: Callable[[np.ndarray], None] | None
     ) -> None:
         self._preparation, self._say, self.jump = preparation, say, jump
+        preparation.in_use = lambda pair: any(self._pair(live) is pair for live in self._lives.values())
         self._lives: dict[str, _Live] = {}
         self._writing = False
 
@@ -103,6 +104,8 @@ class LiveMatching:
         """Let all links follow, or those of a pair that became ready."""
         for live in list(self._lives.values()):
             if live.link.complete and (pair is None or self._pair(live) is pair):
+                if pair is not None:
+                    self._write(lambda live=live: live.link.renew(pair.answer["origin"]))
                 self._catch_up(live)
 
     def _observe(self, live: _Live) -> None:

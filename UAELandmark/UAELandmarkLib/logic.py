@@ -21,7 +21,7 @@ from UAECommonLib.i18n import _
 from UAECommonLib.worker_client import WorkerClient
 from UAELandmarkLib import files
 from UAELandmarkLib.batch import Batch, export_table
-from UAELandmarkLib.link import QUERY, TEMPLATE, TEMPLATE_POINTS, Link, find_links, make_link
+from UAELandmarkLib.link import QUERY, TEMPLATE, TEMPLATE_POINTS, Link, find_links, has_points, make_link
 from UAELandmarkLib.live import LiveMatching
 from UAELandmarkLib.places import own_lps
 from UAELandmarkLib.preparation import OnDone, OnError, OnProgress, Preparation, check_volumes
@@ -63,6 +63,7 @@ class UAELandmarkLogic:
             self.scene.EndUndoEvent: self._onUndo,
             self.scene.EndRedoEvent: self._onUndo,
         }
+        self._batches: list[Batch] = []
         self._observers = [self.scene.AddObserver(event, call) for event, call in events.items()]
 
     def close(self) -> None:
@@ -70,6 +71,7 @@ class UAELandmarkLogic:
         for tag in self._observers:
             self.scene.RemoveObserver(tag)
         self._observers = []
+        self._stopBatches()
         self._live.stop_all()
         self._preparation.forget_all()
         if self._ownsClient:
@@ -193,13 +195,14 @@ class UAELandmarkLogic:
         """
         if templateMarkups is None:
             raise InputError(_("choose the template's points"))
+        check_volumes(templateVolume, queryVolume)
+        if not has_points(templateMarkups):
+            raise InputError(_("there are no points to match; place at least one in the template scan"))
         prepared = self.prepareAndWait(templateVolume, queryVolume, **options)
         link = make_link(self.scene, templateVolume, queryVolume, templateMarkups, queryMarkups, live=False)
         link.method = method
         link.changes()
         asked = link.template_points()
-        if not asked:
-            raise InputError(_("there are no points to match; place at least one in the template scan"))
         outcome: dict[str, Any] = {}
         number = self.client.match(
             self._preparation.ready(templateVolume, queryVolume).name,
@@ -324,7 +327,12 @@ class UAELandmarkLogic:
             self._preparation.tell(onDone, files.show_map(link, file, label))
 
         return self.client.similarity_map(
-            pair.name, point, str(file), on_result=done, on_error=lambda e: self._preparation.fail(onError, e)
+            pair.name,
+            point,
+            str(file),
+            method=link.method,
+            on_result=done,
+            on_error=lambda e: self._preparation.fail(onError, e),
         )
 
     def batch(
@@ -360,6 +368,7 @@ class UAELandmarkLogic:
         names = {"templateModality": "template_modality", "queryModality": "query_modality"}
         chosen.update({names.get(name, name): value for name, value in options.items()})
         started = Batch(self._preparation, templateVolume, queryVolumes, templateMarkups, method, side, chosen)
+        self._batches = [one for one in self._batches if not one.done] + [started]
         started.start(onProgress, onDone)
         return started
 
@@ -381,9 +390,15 @@ class UAELandmarkLogic:
 
     def _onSceneClosing(self, *_arguments: Any) -> None:
         busy = self._live.stop_all() or self.client.busy
+        self._stopBatches()
         self._preparation.forget_all()
         if busy:
             self._say(_("the scene was closed: the results that were on their way are dropped"))
+
+    def _stopBatches(self) -> None:
+        for batch in self._batches:
+            batch.cancel()
+        self._batches = []
 
     def _onNodeRemoved(self, *_arguments: Any) -> None:
         self._live.stop_incomplete()

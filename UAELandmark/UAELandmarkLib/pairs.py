@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 import itertools
-import shutil
-import tempfile
-import weakref
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from UAECommonLib.mrml import write_volume
+from UAECommonLib.temporary import temporary_directory
 from UAELandmarkLib.places import state_of
 
 __all__ = ["Pair", "Pairs"]
@@ -26,7 +24,9 @@ class Pair:
         options: model, device and modalities it was asked for with.
         states: of both volumes when their files were written.
         request: number of the open `prepare`, or None.
-        answer: the worker's answer (verdict, reason, template_to_query, ...), None before.
+        answer: the worker's answer (verdict, reason, template_to_query, ...), None before; "origin" tells what all
+            matches of the pair rest on: model, modalities, voxels.
+        listeners: whom to tell about the open `prepare`: on_progress, on_done, on_error.
     """
 
     name: str
@@ -36,6 +36,7 @@ class Pair:
     states: tuple[Any, Any]
     request: int | None = None
     answer: dict[str, Any] | None = None
+    listeners: list[tuple[Any, Any, Any]] = field(default_factory=list)
 
 
 @dataclass
@@ -48,8 +49,8 @@ class Pairs:
     _numbers: Any = field(default_factory=itertools.count)
 
     def __post_init__(self) -> None:
-        self.folder = Path(tempfile.mkdtemp(prefix="uae-landmark-"))
-        self.remove_folder = weakref.finalize(self, shutil.rmtree, self.folder, True)
+        directory = temporary_directory("uae-landmark-")
+        self.folder, self.remove_folder = Path(directory.name), directory.cleanup
 
     def find(self, template: Any, query: Any) -> Pair | None:
         """The pair of two nodes, None where it was never prepared or a volume was changed since."""

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import json
 import logging
 from collections.abc import Callable
 from typing import Any
 
 from uae.errors import CancelledError, InputError, UAEError
+from UAECommonLib.errors import UnsuitableNodeError
 from UAECommonLib.i18n import _
+from UAECommonLib.modality import settle_modality
+from UAECommonLib.mrml import fingerprint
 from UAECommonLib.worker_client import WorkerClient
 from UAELandmarkLib.pairs import Pair, Pairs
 
@@ -28,12 +32,15 @@ class Preparation:
         pairs: what is prepared.
         say: told what the user should know.
         on_ready: told each pair that became ready.
+        in_use: says whether somebody follows a pair.
     """
 
     def __init__(self, scene: Any, client: WorkerClient, say: Callable[[str], None]) -> None:
         self.scene, self.client, self.say = scene, client, say
         self.pairs = Pairs(scene)
+        client.folder = self.pairs.folder
         self.on_ready: Callable[[Pair], None] | None = None
+        self.in_use: Callable[[Pair], bool] = lambda _pair: False
 
     def start(
         self,
@@ -50,32 +57,43 @@ class Preparation:
         if pair is not None and pair.options == options and pair.answer is not None:
             self.tell(on_done, pair.answer)
             return None
+        listener = (on_progress, on_done, on_error)
         if pair is not None and pair.request is not None:
+            if pair.options == options:
+                pair.listeners.append(listener)
+                return pair.request
             self.client.cancel(pair.request)
         self.forget(self.pairs.take(template, query))
+        scans = (("template", template), ("query", query))
+        modalities = {role: settle_modality(volume, options[f"{role}_modality"]) for role, volume in scans}
         files = {
-            role: {"path": str(self.pairs.file_of(volume)), "modality": options[f"{role}_modality"]}
-            for role, volume in (("template", template), ("query", query))
+            role: {"path": str(self.pairs.file_of(volume)), "modality": modalities[role]} for role, volume in scans
         }
         pair = self.pairs.make(template, query, options)
+        pair.listeners.append(listener)
 
         def done(answer: dict[str, Any]) -> None:
             pair.request = None
             if not self.pairs.current(pair):
-                self.fail(on_error, InputError(_("the scans were changed or removed meanwhile; prepare them again")))
+                changed = InputError(_("the scans were changed or removed meanwhile; prepare them again"))
+                for _progress, _done, failed in pair.listeners:
+                    self.fail(failed, changed)
                 return
-            pair.answer = answer
-            self.tell(on_done, answer)
+            pair.answer = {**answer, "origin": _origin(answer, template, query)}
+            for _progress, told, _failed in pair.listeners:
+                self.tell(told, pair.answer)
             self.tell(self.on_ready, pair)
 
         def failed(error: UAEError) -> None:
             pair.request = None
             self.pairs.take_out(pair)
-            self.fail(on_error, error)
+            for _progress, _done, told in pair.listeners:
+                self.fail(told, error)
 
         def progress(record: dict[str, Any]) -> None:
-            if on_progress is not None:
-                on_progress(record["stage"], record["percent"], record["eta_s"])
+            for told, _done, _failed in pair.listeners:
+                if told is not None:
+                    told(record["stage"], record["percent"], record["eta_s"])
 
         pair.request = self.client.prepare(
             pair.name,
@@ -142,8 +160,15 @@ class Preparation:
             listener(value)
 
 
+def _origin(answer: dict[str, Any], template: Any, query: Any) -> str:
+    """What matches of a pair rest on, the same in another session."""
+    modalities = [answer[f"{role}_modality"]["modality"] for role in ("template", "query")]
+    voxels = [fingerprint(volume, top=volume) for volume in (template, query)]
+    return json.dumps([answer["model"]["sha256"], *modalities, *voxels])
+
+
 def check_volumes(template: Any, query: Any) -> None:
-    """Refuse a missing volume, or one in both roles.
+    """Refuse a missing volume, one in both roles, or a label map.
 
     Raises:
         InputError: with what to choose.
@@ -152,3 +177,6 @@ def check_volumes(template: Any, query: Any) -> None:
         raise InputError(_("choose a template volume and a query volume"))
     if template is query:
         raise InputError(_("the template and the query are the same volume; choose another query"))
+    for volume in (template, query):
+        if volume.IsA("vtkMRMLLabelMapVolumeNode"):
+            raise UnsuitableNodeError(_("{name} is a label map; choose a CT or MR").format(name=volume.GetName()))

@@ -2,57 +2,37 @@
 
 from __future__ import annotations
 
-import logging
 from typing import Any
 
 import numpy as np
 import qt
 import slicer
-import vtk
 from slicer.i18n import tr as _
-from slicer.ScriptedLoadableModule import ScriptedLoadableModuleWidget
-from slicer.util import VTKObservationMixin
 
 from uae.errors import CancelledError, UAEError
-from UAECommonLib.devices import AUTO, CPU, list_devices
-from UAECommonLib.torch_offer import ensure_torch
+from UAECommonLib.panel import Panel
 from UAELandmarkLib import views
 from UAELandmarkLib.logic import UAELandmarkLogic
 from UAELandmarkLib.parameters import getParameterNode
 
 __all__ = ["UAELandmarkWidget"]
 
-logger = logging.getLogger(__name__)
-
 POINT_FILES = "Points (*.mrk.json *.fcsv *.csv)"
 
 
-class UAELandmarkWidget(ScriptedLoadableModuleWidget, VTKObservationMixin):
+class UAELandmarkWidget(Panel):
     """Prepare two scans, then every change of the template's points is followed in the query."""
 
     def __init__(self, parent: Any = None) -> None:
-        ScriptedLoadableModuleWidget.__init__(self, parent)
-        VTKObservationMixin.__init__(self)
-        self.logic: UAELandmarkLogic | None = None
-        self.parameters: Any = None
-        self._guiTag: Any = None
-        self._deviceRunner: Any = None
-        self._devices = {AUTO: _("Automatic"), CPU: CPU}
+        Panel.__init__(self, parent)
         self._models = {"": _("Automatic")}
         self._request: int | None = None
         self._batch: Any = None
         self._followed: tuple[Any, ...] = ()
-        self._updating = False
 
-    def setup(self) -> None:
-        """Build the panel; called once by the application."""
-        ScriptedLoadableModuleWidget.setup(self)
-        panel = slicer.util.loadUI(self.resourcePath("UI/UAELandmark.ui"))
-        self.layout.addWidget(panel)
-        self.ui = slicer.util.childWidgetVariables(panel)
-        panel.setMRMLScene(slicer.mrmlScene)
-        self.logic = UAELandmarkLogic(onMessage=self.onMessage)
-        self.ui.progressBar.visible = False
+    def build(self) -> None:
+        """Make the logic and connect the panel's widgets."""
+        self.logic = UAELandmarkLogic(onMessage=self.onLog)
         columns = [_("Point"), _("Score"), _("Cycle"), _("Method"), _("Verdict")]
         self.ui.resultsTable.setColumnCount(len(columns))
         self.ui.resultsTable.setHorizontalHeaderLabels(columns)
@@ -66,77 +46,46 @@ class UAELandmarkWidget(ScriptedLoadableModuleWidget, VTKObservationMixin):
         self.ui.batchSelector.connect("checkedNodesChanged()", self.onBatchChecked)
         self.ui.exportButton.connect("clicked(bool)", self.onExport)
         self.ui.modelComboBox.connect("currentIndexChanged(int)", self.onModel)
-        self.ui.deviceComboBox.connect("currentIndexChanged(int)", self.onDevice)
-        self.addObserver(slicer.mrmlScene, slicer.mrmlScene.StartCloseEvent, self.onSceneStartClose)
-        self.addObserver(slicer.mrmlScene, slicer.mrmlScene.EndCloseEvent, self.onSceneEndClose)
-        self.addObserver(slicer.mrmlScene, slicer.mrmlScene.EndImportEvent, self.onSceneImported)
+        # without it the application leaves place mode after the first point
+        self.ui.placeWidget.placeMultipleMarkups = slicer.qSlicerMarkupsPlaceWidget.ForcePlaceMultipleMarkups
         self._listModels()
-        self.setParameterNode(getParameterNode())
-        self._deviceRunner = list_devices(self.onDevices)
+        self.logic.restoreLinks()
 
-    def cleanup(self) -> None:
-        """End what runs; called when the module goes away."""
-        self.setParameterNode(None)
-        self.removeObservers()
-        if self._deviceRunner is not None:
-            self._deviceRunner.kill()
-        self.logic.close()
-
-    def enter(self) -> None:
-        """Show the scene's choices when the module is opened."""
-        if self.parameters is None:
-            self.setParameterNode(getParameterNode())
+    def getParameters(self) -> Any:
+        """The module's parameter node of the application's scene."""
+        return getParameterNode()
 
     def exit(self) -> None:
         """Leave place mode with the module; points are still followed."""
         self.ui.placeWidget.setPlaceModeEnabled(False)
 
     def onSceneStartClose(self, _caller: Any = None, _event: Any = None) -> None:
-        """Let go of the nodes."""
+        """Let go of the nodes and of what runs for them."""
         self._request, self._batch = None, None
-        self.setParameterNode(None)
+        Panel.onSceneStartClose(self)
 
-    def onSceneEndClose(self, _caller: Any = None, _event: Any = None) -> None:
-        """Begin with the new scene."""
-        if self.parent.isEntered:
-            self.setParameterNode(getParameterNode())
-
-    def onSceneImported(self, _caller: Any = None, _event: Any = None) -> None:
-        """Take over the choices of a scene that was read; the logic follows its links by itself."""
-        self.setParameterNode(getParameterNode())
-
-    def setParameterNode(self, parameters: Any) -> None:
-        """Connect the panel with a parameter node, or with none."""
-        if self.parameters is not None:
-            self.parameters.disconnectGui(self._guiTag)
-            self.removeObserver(self.parameters.parameterNode, vtk.vtkCommand.ModifiedEvent, self.updateGui)
-        self.parameters = parameters
+    def connected(self) -> None:
+        """Check the scans of the batch."""
         self._followed = ()
-        if parameters is not None:
-            self._guiTag = parameters.connectGui(self.ui)
-            self.addObserver(parameters.parameterNode, vtk.vtkCommand.ModifiedEvent, self.updateGui)
-            for node in parameters.batchVolumes:
-                self.ui.batchSelector.setCheckState(node, qt.Qt.Checked)
-            self.updateGui()
+        scans = self._batchScans()
+        for node in self.ui.batchSelector.checkedNodes():
+            if node not in scans:
+                self.ui.batchSelector.setCheckState(node, qt.Qt.Unchecked)
+        for node in scans:
+            self.ui.batchSelector.setCheckState(node, qt.Qt.Checked)
 
-    def updateGui(self, _caller: Any = None, _event: Any = None) -> None:
+    def showState(self) -> None:
         """Buttons, links and results from the parameter node."""
-        if self.parameters is None or self._updating:
-            return
-        self._updating = True
-        try:
-            self._fill(self.ui.modelComboBox, self._models, self.parameters.model)
-            self._fill(self.ui.deviceComboBox, self._devices, self.parameters.device)
-            missing, running = self._missing(), self._request is not None
-            self.ui.prepareButton.enabled = running or not missing
-            self.ui.prepareButton.text = _("Cancel") if running else _("Prepare")
-            self.ui.prepareButton.toolTip = missing or _("Embed both scans and find their prior alignment")
-            self.ui.placeWidget.setCurrentNode(self.parameters.templatePoints)
-            self.logic.onJump = self.onJump if self.parameters.jump else None
-            self._follow()
-            self._showBatchState()
-        finally:
-            self._updating = False
+        self.fill(self.ui.modelComboBox, self._models, self.parameters.model)
+        missing, running = self._missing(), self._request is not None
+        self.ui.prepareButton.enabled = running or not missing
+        self.ui.prepareButton.text = _("Cancel") if running else _("Prepare")
+        self.ui.prepareButton.toolTip = missing or _("Embed both scans and find their prior alignment")
+        self.ui.progressBar.visible = running or self._batch is not None
+        self.ui.placeWidget.setCurrentNode(self.parameters.templatePoints)
+        self.logic.onJump = self.onJump if self.parameters.jump else None
+        self._follow()
+        self._showBatchState()
         self.showResults()
 
     def _missing(self) -> str:
@@ -152,6 +101,9 @@ class UAELandmarkWidget(ScriptedLoadableModuleWidget, VTKObservationMixin):
         wanted = (chosen.templateVolume, chosen.queryVolume, chosen.templatePoints)
         if self._missing() or chosen.templatePoints is None:
             return
+        if chosen.queryPoints is chosen.templatePoints:
+            self.ui.statusLabel.text = _("The found points need a list of their own; choose another one")
+            return
         found, linked = chosen.queryPoints, self.logic.linked(chosen.queryPoints)
         if linked and (linked["template"], linked["query"], linked["points"]) != wanted:
             self.logic.stopLive(found)
@@ -159,6 +111,9 @@ class UAELandmarkWidget(ScriptedLoadableModuleWidget, VTKObservationMixin):
         state = (*wanted, found, chosen.method, chosen.live)
         if state == self._followed:
             return
+        before = self._followed[3] if self._followed else None
+        if before is not None and before is not found:
+            self.logic.stopLive(before)
         if chosen.live:
             found = chosen.queryPoints = self.logic.startLive(*wanted, found, method=chosen.method.value)
             self.removeObservers(self.showResults)
@@ -174,15 +129,14 @@ class UAELandmarkWidget(ScriptedLoadableModuleWidget, VTKObservationMixin):
             self.ui.statusLabel.text = _("Cancelling...")
             self.logic.cancel(self._request)
             return
-        with slicer.util.tryWithErrorDisplay(_("The scans could not be prepared."), waitCursor=True):
-            ensure_torch(slicer.util.confirmOkCancelDisplay)
+        with self.attempt(_("The scans could not be prepared.")):
+            self.offerTorch()
             chosen = self.parameters
             if chosen.templatePoints is None:
                 points = slicer.mrmlScene.AddNewNodeByClass("vtkMRMLMarkupsFiducialNode", _("Targets"))
                 points.SetUndoEnabled(True)
                 points.CreateDefaultDisplayNodes()
                 chosen.templatePoints = points
-            self.ui.progressBar.visible = True
             self._request = self.logic.prepare(
                 chosen.templateVolume,
                 chosen.queryVolume,
@@ -191,9 +145,6 @@ class UAELandmarkWidget(ScriptedLoadableModuleWidget, VTKObservationMixin):
                 onDone=self.onPrepared,
                 onError=self.onFailed,
             )
-            if self._request is None:
-                self.ui.progressBar.visible = False
-        self.updateGui()
 
     def _options(self) -> dict[str, Any]:
         return {
@@ -205,15 +156,12 @@ class UAELandmarkWidget(ScriptedLoadableModuleWidget, VTKObservationMixin):
 
     def onProgress(self, stage: str, percent: float, secondsLeft: float | None) -> None:
         """Show the stage, its percentage and the time left in it."""
-        self.ui.progressBar.visible = True
         self.ui.progressBar.value = int(percent)
-        left = "" if secondsLeft is None else _(", {seconds} s left").format(seconds=int(secondsLeft))
-        self.ui.statusLabel.text = f"{stage}{left}"
+        self.ui.statusLabel.text = self.progressText(stage, secondsLeft)
 
     def onPrepared(self, answer: dict[str, Any]) -> None:
         """Show the prior alignment's verdict, and what it was found with."""
         self._request = None
-        self.ui.progressBar.visible = False
         self.ui.statusLabel.text = _(
             "Prior alignment: {verdict} ({reason}). Template {template}, query {query}. {model} on {device}."
         ).format(
@@ -229,15 +177,10 @@ class UAELandmarkWidget(ScriptedLoadableModuleWidget, VTKObservationMixin):
     def onFailed(self, error: UAEError) -> None:
         """Say what went wrong; a cancelled work says nothing more."""
         self._request = None
-        self.ui.progressBar.visible = False
         self.ui.statusLabel.text = str(error)
-        if not isinstance(error, CancelledError):
-            slicer.util.errorDisplay(str(error), windowTitle=_("Landmarks"))
         self.updateGui()
-
-    def onMessage(self, text: str) -> None:
-        """Add a line to the log."""
-        self.ui.logTextEdit.appendPlainText(text)
+        if not isinstance(error, CancelledError):
+            self.say(str(error), _("Landmarks"))
 
     def onJump(self, place: np.ndarray) -> None:
         """Bring the query's views to the point that was found."""
@@ -283,19 +226,23 @@ class UAELandmarkWidget(ScriptedLoadableModuleWidget, VTKObservationMixin):
         row = max(self.ui.resultsTable.currentRow(), 0)
         points = range(self.parameters.templatePoints.GetNumberOfControlPoints())
         chosen = [index for index in points if self.logic.queryPointOf(found, index) == row]
-        with slicer.util.tryWithErrorDisplay(_("The similarity map could not be made.")):
+        asked = False
+        with self.attempt(_("The similarity map could not be made.")):
             self.logic.similarityMap(
                 found,
                 chosen[0] if chosen else -1,
                 lambda node: views.overlay(slicer.mrmlScene, query, node),
                 self.onFailed,
             )
+            asked = True
+        if not asked:
+            self.ui.mapButton.checked = False
 
     def onLoad(self, _checked: bool = False) -> None:
         """Read template points."""
         path = qt.QFileDialog.getOpenFileName(slicer.util.mainWindow(), _("Load points"), "", POINT_FILES)
         if path:
-            with slicer.util.tryWithErrorDisplay(_("The points could not be read.")):
+            with self.attempt(_("The points could not be read.")):
                 self.parameters.templatePoints = self.logic.loadPoints(path)
 
     def onSave(self, _checked: bool = False) -> None:
@@ -307,7 +254,7 @@ class UAELandmarkWidget(ScriptedLoadableModuleWidget, VTKObservationMixin):
             slicer.util.mainWindow(), _("Save found points"), f"{found.GetName()}.mrk.json", "Points (*.mrk.json)"
         )
         if path:
-            with slicer.util.tryWithErrorDisplay(_("The points could not be written.")):
+            with self.attempt(_("The points could not be written.")):
                 self.logic.savePoints(found, path)
 
     def onBatchChecked(self) -> None:
@@ -315,27 +262,29 @@ class UAELandmarkWidget(ScriptedLoadableModuleWidget, VTKObservationMixin):
         if self.parameters is not None and not self._updating:
             self.parameters.batchVolumes = list(self.ui.batchSelector.checkedNodes())
 
+    def _batchScans(self) -> list[Any]:
+        """Scans of the batch that are still in the scene: the parameter node keeps the place of a removed one."""
+        return [node for node in self.parameters.batchVolumes if node is not None]
+
     def onBatch(self, _checked: bool = False) -> None:
         """Begin, or cancel what runs."""
         if self._batch is not None:
             self._batch.cancel()
             return
-        with slicer.util.tryWithErrorDisplay(_("The points could not be matched."), waitCursor=True):
-            ensure_torch(slicer.util.confirmOkCancelDisplay)
+        with self.attempt(_("The points could not be matched.")):
+            self.offerTorch()
             chosen = self.parameters
-            scans = [node for node in chosen.batchVolumes if node is not chosen.templateVolume]
+            scans = [node for node in self._batchScans() if node is not chosen.templateVolume]
             options = {**self._options(), "method": chosen.method.value, "onProgress": self.onProgress}
             started = self.logic.batch(
                 chosen.templateVolume, scans, chosen.templatePoints, onDone=self.onBatchDone, **options
             )
             self._batch = None if started.done else started
             chosen.table = started.table
-        self.updateGui()
 
     def onBatchDone(self, batch: Any) -> None:
         """Say how many scans could be matched."""
         self._batch = None
-        self.ui.progressBar.visible = False
         self.ui.statusLabel.text = _("{done} scans matched, {failed} failed").format(
             done=len(batch.results), failed=len(batch.failed)
         )
@@ -343,7 +292,7 @@ class UAELandmarkWidget(ScriptedLoadableModuleWidget, VTKObservationMixin):
 
     def _showBatchState(self) -> None:
         ready = self.parameters.templateVolume is not None and self.parameters.templatePoints is not None
-        self.ui.batchButton.enabled = self._batch is not None or (ready and bool(self.parameters.batchVolumes))
+        self.ui.batchButton.enabled = self._batch is not None or (ready and bool(self._batchScans()))
         self.ui.batchButton.text = _("Cancel") if self._batch is not None else _("Match in all")
         self.ui.exportButton.enabled = self.parameters.table is not None
 
@@ -353,18 +302,8 @@ class UAELandmarkWidget(ScriptedLoadableModuleWidget, VTKObservationMixin):
             slicer.util.mainWindow(), _("Export table"), f"{self.parameters.table.GetName()}.csv", "Table (*.csv)"
         )
         if path:
-            with slicer.util.tryWithErrorDisplay(_("The table could not be written.")):
+            with self.attempt(_("The table could not be written.")):
                 self.logic.exportTable(self.parameters.table, path)
-
-    def onDevices(self, devices: dict[str, str]) -> None:
-        """Offer the devices that were found."""
-        self._devices, self._deviceRunner = {AUTO: _("Automatic"), **devices}, None
-        self.updateGui()
-
-    def onDevice(self, index: int) -> None:
-        """Keep the chosen device in the scene."""
-        if not self._updating and self.parameters is not None and index >= 0:
-            self.parameters.device = self.ui.deviceComboBox.itemData(index)
 
     def onModel(self, index: int) -> None:
         """Keep the chosen model in the scene."""
@@ -377,17 +316,7 @@ class UAELandmarkWidget(ScriptedLoadableModuleWidget, VTKObservationMixin):
         try:
             self._models.update({entry.name: entry.name for entry in registered()})
         except UAEError as error:
-            self.onMessage(str(error))
-
-    @staticmethod
-    def _fill(box: Any, choices: dict[str, str], chosen: str) -> None:
-        """Offer choices (value -> text), and the chosen value also where it is not among them."""
-        choices = {**choices, chosen: choices.get(chosen, chosen)}
-        if [box.itemData(index) for index in range(box.count)] != list(choices):
-            box.clear()
-            for value, text in choices.items():
-                box.addItem(text, value)
-        box.setCurrentIndex(box.findData(chosen))
+            self.onLog(str(error))
 
 
 def _columns(description: str) -> tuple[str, str, str, str]:

@@ -10,91 +10,28 @@ Plain Python: no Qt, no widget, no parameter node. From the console:
 from __future__ import annotations
 
 import logging
-import tempfile
 from collections.abc import Callable
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from uae.errors import CancelledError, InputError, UAEError
 from UAECommonLib import result_nodes
+from UAECommonLib.compare_views import checkerboard
 from UAECommonLib.errors import SceneChangedError, UnsuitableNodeError
-from UAECommonLib.modality import Modality, dicom_modality, guess_modality
-from UAECommonLib.mrml import array_of, fingerprint, parent_chain, same_fingerprint, write_roi_mask, write_volume
+from UAECommonLib.modality import guess_modality, settle_modality
+from UAECommonLib.mrml import array_of, fingerprint, ijk_to_world_lps, parent_chain, same_fingerprint
 from UAECommonLib.process import Runner, make_runner
 from UAECommonLib.worker_client import error_of
+from UAERegistrationLib.job import MODALITIES, PRESETS, Job, Outcome, RegistrationOptions, write_job
 
 __all__ = ["MODALITIES", "PRESETS", "Outcome", "RegistrationOptions", "UAERegistrationLogic"]
 
 logger = logging.getLogger(__name__)
 
-PRESETS: dict[str, tuple[str, ...]] = {"rigid": (), "affine": ("--affine",), "deformable": ("--deformable",)}
-"""Options of `uae register` by preset. rigid: planning, the default; deformable: contour support, not dose."""
-MODALITIES = tuple(modality.value for modality in Modality)
-FOLDER_PREFIX = "uae-register-"
 GPU_PROBLEMS = ("is not here", "out of memory")
 """Words of the core's errors after which the CPU is tried."""
-
-
-@dataclass(frozen=True)
-class RegistrationOptions:
-    """Choices of one registration.
-
-    Attributes:
-        preset: a key of PRESETS.
-        fixedModality: auto, ct or mr.
-        movingModality: auto, ct or mr.
-        roi: vtkMRMLMarkupsROINode, only matches of the fixed scan inside it count; None for the whole scan.
-        device: auto, cpu or cuda:N.
-        resample: also add the moving scan resampled to the fixed grid.
-        model: name of the registry or file; by modality where None.
-        extra: further options of `uae register`.
-    """
-
-    preset: str = "rigid"
-    fixedModality: str = "auto"
-    movingModality: str = "auto"
-    roi: Any = None
-    device: str = "auto"
-    resample: bool = False
-    model: str | None = None
-    extra: tuple[str, ...] = ()
-
-
-@dataclass
-class Outcome:
-    """How a registration ended.
-
-    Attributes:
-        status: accepted, review, refused, cancelled or failed.
-        reason: one line for the user.
-        report: report.json; empty where there is none.
-        nodes: the new nodes; None unless accepted or for review.
-        error: what went wrong; None unless cancelled or failed.
-    """
-
-    status: str
-    reason: str
-    report: dict[str, Any] = field(default_factory=dict)
-    nodes: result_nodes.ResultNodes | None = None
-    error: UAEError | None = None
-
-
-@dataclass
-class _Job:
-    """A running registration: its scans by node and by what they were when it began."""
-
-    fixed: Any
-    moving: Any
-    prints: tuple[str, str]
-    arguments: list[str]
-    options: RegistrationOptions
-    folder: tempfile.TemporaryDirectory
-    onProgress: Callable[[str, float, float | None], None] | None
-    onFinished: Callable[[Outcome], None] | None
-    onLog: Callable[[str], None] | None
-    message: str = ""
-    device: str = "auto"
 
 
 class UAERegistrationLogic:
@@ -110,7 +47,7 @@ class UAERegistrationLogic:
 
         self.scene = slicer.mrmlScene if scene is None else scene
         self.runner = runner or make_runner()
-        self._job: _Job | None = None
+        self._job: Job | None = None
         self._observed: list[tuple[Any, int]] = []
 
     @property
@@ -171,33 +108,14 @@ class UAERegistrationLogic:
         if self._job is not None:
             raise InputError("a registration runs already; wait for it or cancel it first")
         self._check(fixed, moving, options)
-        top = result_nodes.top_of(moving)
-        folder = tempfile.TemporaryDirectory(prefix=FOLDER_PREFIX, dir=_temporary_path(), ignore_cleanup_errors=True)
+        job = write_job(fixed, moving, options)
+        job.onProgress, job.onFinished, job.onLog = onProgress, onFinished, onLog
         try:
-            place = Path(folder.name)
-            write_volume(fixed, place / "fixed.nrrd")
-            write_volume(moving, place / "moving.nrrd", top)
-            arguments = ["register", str(place / "fixed.nrrd"), str(place / "moving.nrrd")]
-            arguments += ["--output", str(place / "result"), "--progress", "json", *PRESETS[options.preset]]
-            for option, node, chosen in (
-                ("--fixed-modality", fixed, options.fixedModality),
-                ("--moving-modality", moving, options.movingModality),
-            ):
-                arguments += [option, (dicom_modality(node) if chosen == "auto" else "") or chosen]
-            if options.roi is not None:
-                write_roi_mask(options.roi, place / "roi.nrrd")
-                arguments += ["--fixed-mask", str(place / "roi.nrrd")]
-            if options.model:
-                arguments += ["--model", options.model]
-            prints = (fingerprint(fixed), fingerprint(moving, top))
-            self._job = _Job(
-                fixed, moving, prints, [*arguments, *options.extra], options, folder, onProgress, onFinished, onLog,
-                device=options.device,
-            )  # fmt: skip
+            self._job = job
             self._run()
         except BaseException:
             self._job = None
-            folder.cleanup()
+            job.folder.cleanup()
             raise
 
     def cancel(self) -> None:
@@ -241,7 +159,7 @@ class UAERegistrationLogic:
         return result_nodes.outdated_reason(linear)
 
     def observe(self, linear: Any, onOutdated: Callable[[str], None] | None = None) -> None:
-        """Mark a result as outdated as soon as one of its scans changes.
+        """Mark a result as outdated as soon as one of its scans or its region changes.
 
         Args:
             linear: the result's linear node.
@@ -251,7 +169,9 @@ class UAERegistrationLogic:
         import vtk
 
         self.stopObserving()
-        fixed, moving = (linear.GetNodeReference(role) for role in (result_nodes.FIXED, result_nodes.MOVING))
+        fixed, moving, roi = (
+            linear.GetNodeReference(role) for role in (result_nodes.FIXED, result_nodes.MOVING, result_nodes.ROI)
+        )
 
         def changed(reason: str) -> None:
             if reason and self.scene.IsNodePresent(linear):
@@ -267,12 +187,41 @@ class UAERegistrationLogic:
                 (transformed, vtk.vtkCommand.ModifiedEvent), lambda *_: changed(self.outdated(linear))
             )
             self._observed += [(node, node.AddObserver(event, listener)) for event, listener in listeners.items()]
+        self._observed += [(linear, linear.AddObserver(transformed, lambda *_: changed(self.outdated(linear))))]
+        if roi is not None:
+            events = (transformed, vtk.vtkCommand.ModifiedEvent, slicer.vtkMRMLMarkupsNode.PointModifiedEvent)
+            self._observed += [
+                (roi, roi.AddObserver(event, lambda *_: changed(self.outdated(linear)))) for event in events
+            ]
 
     def stopObserving(self) -> None:
         """Remove all observers."""
         for node, tag in self._observed:
             node.RemoveObserver(tag)
         self._observed = []
+
+    def checkerboard(self, linear: Any) -> Any:
+        """Show the fixed scan and the resampled moving one in turn, field by field.
+
+        Args:
+            linear: the result's linear node.
+
+        Returns:
+            Volume node, 0 to 255; it takes the place of the result's earlier one, and goes with `undo`.
+
+        Raises:
+            UnsuitableNodeError: the result has no resampled volume, or that does not lie on the fixed scan's grid.
+        """
+        image, earlier = linear.GetNodeReference(result_nodes.IMAGE), linear.GetNodeReference(result_nodes.BOARD)
+        fixed = linear.GetNodeReference(result_nodes.FIXED)
+        if image is None or fixed is None:
+            raise UnsuitableNodeError("there is no resampled volume to show; align again with a resampled volume")
+        board = checkerboard(self.scene, fixed, image)
+        if earlier is not None:
+            result_nodes.remove(self.scene, earlier)
+        board.SetAttribute(result_nodes.KIND, "checkerboard")
+        linear.SetNodeReferenceID(result_nodes.BOARD, board.GetID())
+        return board
 
     def afterSceneLoaded(self) -> None:
         """Set what files do not keep: the linear interpolation of our grid transforms."""
@@ -296,11 +245,17 @@ class UAERegistrationLogic:
         ):
             if value not in allowed:
                 raise InputError(f"unknown {name} {value!r}; use {', '.join(allowed)}")
+        settle_modality(fixed, options.fixedModality)
+        settle_modality(moving, options.movingModality)
 
     def _run(self) -> None:
         job = self._job
         self.runner.start(
-            [*job.arguments, "--device", job.device], self._onLine, self._onProcessEnded, job.onLog or logger.debug
+            [*job.arguments, "--device", job.device],
+            self._onLine,
+            self._onProcessEnded,
+            job.onLog or logger.debug,
+            job.folder.name,
         )
 
     def _onLine(self, record: dict[str, Any]) -> None:
@@ -318,7 +273,7 @@ class UAERegistrationLogic:
             return
         try:
             if exitCode in (2, 4) and job.device != "cpu" and any(words in job.message for words in GPU_PROBLEMS):
-                self._announce(job, f"{job.message}. Now on the CPU: expect some minutes instead of seconds")
+                self._announce(job, f"{job.message}. Now on the CPU: expect {_cpu_time(job)}")
                 job.device, job.message = "cpu", ""
                 self._run()
                 return
@@ -329,17 +284,18 @@ class UAERegistrationLogic:
         except Exception as error:  # whoever waits must be told, whatever happened
             logger.exception("the result could not be taken into the scene")
             outcome = Outcome("failed", str(error), error=UAEError(f"the result could not be used ({error})"))
+        outcome.scans = (job.fixed, job.moving)
         self._job = None
         job.folder.cleanup()
         if job.onFinished is not None:
             job.onFinished(outcome)
 
-    def _announce(self, job: _Job, text: str) -> None:
+    def _announce(self, job: Job, text: str) -> None:
         logger.warning(text)
         if job.onLog is not None:
             job.onLog(text)
 
-    def _outcome(self, job: _Job, exitCode: int) -> Outcome:
+    def _outcome(self, job: Job, exitCode: int) -> Outcome:
         """Read the files and, where there is a result, add it to the scene.
 
         Raises:
@@ -358,9 +314,11 @@ class UAERegistrationLogic:
             return Outcome("refused", report["reason"], report)
         self._checkUnchanged(job)
         nodes = result_nodes.place(self.scene, files, job.fixed, job.moving)
+        if job.options.roi is not None and self.scene.IsNodePresent(job.options.roi):
+            result_nodes.note_region(nodes.linear, job.options.roi, job.roiPrint)
         return Outcome(report["status"], report["reason"], report, nodes)
 
-    def _checkUnchanged(self, job: _Job) -> None:
+    def _checkUnchanged(self, job: Job) -> None:
         """SceneChangedError where the scans are gone or are no longer what was registered."""
         for role, node, before in (("fixed", job.fixed, job.prints[0]), ("moving", job.moving, job.prints[1])):
             if not self.scene.IsNodePresent(node):
@@ -382,7 +340,11 @@ def _shares_result(fixed: Any, moving: Any) -> bool:
     return any(node in own for node in parent_chain(fixed))
 
 
-def _temporary_path() -> str | None:
-    import slicer
+def _cpu_time(job: Job) -> str:
+    """How long the CPU will need for both scans, in words."""
+    from uae.device import expected_cpu_time
 
-    return getattr(getattr(slicer, "app", None), "temporaryPath", None)
+    boxes = [
+        array_of(node).size * abs(np.linalg.det(ijk_to_world_lps(node)[:3, :3])) for node in (job.fixed, job.moving)
+    ]
+    return expected_cpu_time(sum(boxes) / 8e6, register=True)

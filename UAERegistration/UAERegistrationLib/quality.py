@@ -7,7 +7,7 @@ from typing import Any
 
 from UAECommonLib.i18n import _
 
-__all__ = ["quality_html", "quality_rows", "stage_label", "verdict"]
+__all__ = ["quality_html", "quality_rows", "verdict"]
 
 NOT_MEASURED = "-"
 COLORS = {"accepted": "#2e7d32", "review": "#b26a00", "refused": "#c62828"}
@@ -36,14 +36,14 @@ def quality_rows(report: dict[str, Any]) -> list[tuple[str, str]]:
         (_("Overlap of the smaller body"), _value(report.get("overlap_percent"), "{:.0f} %")),
         (_("Matches found (mutual)"), _value(matches.get("mutual"), "{:d}")),
         (_("Matches that agree"), _value(matches.get("inliers"), "{:d}")),
-        (_("Held-out matches within 10 mm"), _value(matches.get("heldout_within_10mm"), "{:.0%}")),
+        (_("Held-out matches within 10 mm"), _share(matches.get("heldout_within_10mm"), 0)),
         (_("Held-out residual, median"), _value(matches.get("heldout_residual_median_mm"), "{:.1f} mm")),
         (_("Refinement moved"), _refinement(refinement)),
     ]
     deformable = report.get("deformable")
     if deformable:
         rows += [
-            (_("Folding in the body (Jacobian <= 0)"), _value(deformable.get("folding"), "{:.2%}")),
+            (_("Folding in the body (Jacobian <= 0)"), _share(deformable.get("folding"), 2)),
             (_("Inverse consistency"), _value(deformable.get("inverse_consistency_mm"), "{:.1f} mm")),
             (_("Largest deformation"), _value(deformable.get("largest_mm"), "{:.1f} mm")),
             (
@@ -70,6 +70,10 @@ def _refinement(figures: dict[str, Any]) -> str:
     return f"{figures['moved_mm']:.1f} mm, {figures['moved_deg']:.1f}°"
 
 
+def _share(value: float | None, digits: int) -> str:
+    return NOT_MEASURED if value is None else f"{100 * value:.{digits}f} %"
+
+
 def _value(value: Any, text: str) -> str:
     return NOT_MEASURED if value is None else text.format(value)
 
@@ -94,15 +98,3 @@ def quality_html(report: dict[str, Any], outdated: str = "") -> str:
         parts.append(f"<p>{html.escape(_('The deformable part is contour support, not dose.'))}</p>")
     parts.append(f"<p>{html.escape(_('Research software, not a medical device.'))}</p>")
     return "".join(parts)
-
-
-def stage_label(stage: str) -> str:
-    """A stage of the core in the words of the user; unknown ones as they are."""
-    names = {
-        "embedding": _("Embedding the scans"),
-        "match": _("Matching anatomy"),
-        "refine": _("Refining inside the overlap"),
-        "deeds": _("Deforming"),
-        "taper": _("Fading the deformation out"),
-    }
-    return names.get(stage.split(" ", 1)[0].rstrip(":"), stage)

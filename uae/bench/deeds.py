@@ -22,12 +22,12 @@ import SimpleITK as sitk
 from uae.bench.data import find_data
 from uae.bench.deeds_pairs import PAIRS, DeedsPair, make_pair
 from uae.bench.embedding import write_json
-from uae.bench.metrics import plain
 from uae.deeds import fields
 from uae.deeds.cost import ControlGrid
 from uae.deeds.presets import PRESETS
 from uae.device import cpu_name
 from uae.errors import InputError, ResourceError
+from uae.json_values import plain
 from uae.progress import Cancel, Progress, check_cancel, report
 from uae.quality import jacobian_statistics
 from uae.transform import DisplacementField

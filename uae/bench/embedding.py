@@ -13,11 +13,12 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from uae.bench.data import VALIDATION_CTS, find_data
-from uae.bench.metrics import plain, point_errors, summarise, transform_tre
+from uae.bench.metrics import point_errors, summarise, transform_tre
 from uae.bench.parts import PARTIAL, PARTIAL_FROM, partial_pair
 from uae.embedding import Embedding, embed
 from uae.errors import InputError
 from uae.files import atomic_path
+from uae.json_values import plain
 from uae.matching import PRIOR_MOST, Match, match_points, nearest
 from uae.preprocess import body_mask
 from uae.progress import Cancel, Progress, check_cancel, report

@@ -15,8 +15,8 @@ from typing import Any
 
 import numpy as np
 
-from uae.bench.metrics import plain
 from uae.errors import InputError, ResourceError
+from uae.json_values import plain
 from uae.progress import Progress, report
 
 __all__ = ["PhantomTorsos", "measure", "run_match_bench", "torso_pair"]

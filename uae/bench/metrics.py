@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 
+from uae.json_values import plain
 from uae.matching import judge, limits_for
 from uae.registration.adareg import ACCEPTED, REFUSED, REVIEW, verdict_of
 from uae.transform import Transform
@@ -41,21 +42,6 @@ def point_errors(errors_mm: np.ndarray) -> dict[str, float]:
         "mean_mm": float(errors.mean()),
         "p95_mm": float(np.percentile(errors, 95)),
     }
-
-
-def plain(value: Any) -> Any:
-    """The value with numpy types turned into plain ones and non-finite numbers into None, as JSON needs it."""
-    if isinstance(value, Mapping):
-        return {str(key): plain(item) for key, item in value.items()}
-    if isinstance(value, (list, tuple, np.ndarray)):
-        return [plain(item) for item in value]
-    if isinstance(value, np.bool_):
-        return bool(value)
-    if isinstance(value, np.integer):
-        return int(value)
-    if isinstance(value, (float, np.floating)):
-        return float(value) if math.isfinite(value) else None
-    return value
 
 
 def verdict_of_case(case: Mapping[str, Any], limits: Mapping[str, Any] | None) -> str:

@@ -12,10 +12,10 @@ import numpy as np
 
 from uae.bench.data import VALIDATION_CTS, DataFolder, find_data
 from uae.bench.embedding import match_records, pair_score_of, write_json
-from uae.bench.metrics import plain
 from uae.bench.parts import along_body
 from uae.embedding import embed
 from uae.errors import InputError
+from uae.json_values import plain
 from uae.phantom import VALIDATION_SEEDS, make_phantom
 from uae.progress import Cancel, Progress, check_cancel, report
 from uae.registration.adareg import body_points, spread_sample

@@ -155,8 +155,7 @@ class _Matcher:
             )
             prior, verdict = pair.found.transform, pair.found.verdict
             logger.info("prior of the pair: %s (%s)", verdict, pair.found.reason)
-            if verdict != "refused":
-                seen = pair.fixed, pair.moving
+            seen = pair.seen
         matches = match_points(
             *seen,
             self._points.points,

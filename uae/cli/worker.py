@@ -23,6 +23,7 @@ import queue
 import sys
 import threading
 import time
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any, BinaryIO, TextIO
 
@@ -64,6 +65,10 @@ def run(arguments: argparse.Namespace, session: Session) -> int:
     # a handle of its own: one that a thread still reads may not be torn down with the interpreter's
     requests = os.fdopen(os.dup(sys.stdin.fileno()), "rb")
     return _Server(worker, requests, own).serve()
+
+
+ENDING: list[Callable[[], None]] = []
+"""Called before this process leaves in the middle of its work."""
 
 
 @dataclass(eq=False)
@@ -217,5 +222,7 @@ class _Server:
                 request.cancelled.set()
         self._waiting.put(None)
         time.sleep(GRACE_S)
+        for clean_up in ENDING:
+            clean_up()
         # the main thread is deep in a library that cannot be asked to stop
         os._exit(0)

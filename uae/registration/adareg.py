@@ -173,8 +173,8 @@ def verdict_of(features: dict[str, float], limits: dict[str, dict[str, dict[str,
             value = features[name]
             low, high = bound.get("min", -math.inf), bound.get("max", math.inf)
             if not low <= value <= high:
-                wanted = f"at least {low:g}" if value < low else f"at most {high:g}"
-                missed[level].append(f"{_WORDS.get(name, name)} is {value:.3g}, {wanted} wanted")
+                wanted = f"at least {low:.3g}" if value < low else f"at most {high:.3g}"
+                missed[level].append(f"{_WORDS.get(name, name)} {value:.3g} ({wanted} wanted)")
     if not missed[ACCEPTED]:
         return ACCEPTED, "enough matches agree, and those that were held out agree as well"
     if not missed[REVIEW]:
@@ -183,8 +183,8 @@ def verdict_of(features: dict[str, float], limits: dict[str, dict[str, dict[str,
 
 
 _NEXT_STEP = (
-    ". Check that both show the same region of one patient, restrict the search with masks, "
-    "or start from landmarks set by hand"
+    ". Check that both show a common region of one patient and that the modalities are right, or limit the search to "
+    "that region by a mask or a region of interest"
 )
 
 

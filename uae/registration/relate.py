@@ -38,8 +38,8 @@ class Relation:
 
     Attributes:
         found: transform fixed -> moving with its verdict.
-        fixed, moving: embeddings; after a second pass one of them lies on the other's continued grid. Guided matching
-            is best done with these, free matching with the scans' own.
+        fixed, moving: embeddings; after a second pass one of them lies on the other's continued grid.
+        own: embeddings of the scans each on its own grid, fixed and moving.
         passes: 2, or 1 where the first found no candidate or the second could not be made (the log says why).
         seconds: wall time of "match", "embed_again" and "match_again".
     """
@@ -47,8 +47,14 @@ class Relation:
     found: AdaRegResult
     fixed: Embedding
     moving: Embedding
+    own: tuple[Embedding, Embedding]
     passes: int = 1
     seconds: dict[str, float] = field(default_factory=dict)
+
+    @property
+    def seen(self) -> tuple[Embedding, Embedding]:
+        """Embeddings for guided matching: the last pass's, or the scans' own where that was refused."""
+        return self.own if self.found.verdict == REFUSED else (self.fixed, self.moving)
 
 
 def carried(grid: Geometry, transform: Rigid) -> Geometry:
@@ -105,7 +111,8 @@ def relate(
     }  # fmt: skip
     start = time.perf_counter()
     first = estimate(fixed_embedding, moving_embedding, **options)
-    relation = Relation(first, fixed_embedding, moving_embedding, 1, {"match": time.perf_counter() - start})
+    own = (fixed_embedding, moving_embedding)
+    relation = Relation(first, *own, own, 1, {"match": time.perf_counter() - start})
     if first.rigid is None or not second_pass:
         return relation
     if first.searched == "moving":
@@ -125,7 +132,7 @@ def relate(
         return relation
     seconds = {**relation.seconds, "embed_again": middle - start, "match_again": time.perf_counter() - middle}
     log.info("second pass: %s after %s", found.verdict, first.verdict)
-    return Relation(found, *pair, 2, seconds)
+    return Relation(found, *pair, own, 2, seconds)
 
 
 def _check_growth(scan: Volume, lattice: Geometry, model: Model, most: float) -> None:

@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-import math
 import platform
-from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -14,6 +12,7 @@ import numpy as np
 import uae
 from uae.files import sha256
 from uae.info import versions
+from uae.json_values import plain
 from uae.registration.refine import RefineResult
 from uae.registration.rigid import arun
 from uae.transform import Affine
@@ -24,21 +23,6 @@ if TYPE_CHECKING:
     from uae.registration.adareg import AdaRegResult
 
 _UIDS = ("StudyInstanceUID", "SeriesInstanceUID", "FrameOfReferenceUID")
-
-
-def plain(value: Any) -> Any:
-    """The same with only what JSON has: lists, objects, finite numbers, text, null."""
-    if isinstance(value, Mapping):
-        return {str(key): plain(item) for key, item in value.items()}
-    if isinstance(value, np.ndarray):
-        return plain(value.tolist())
-    if isinstance(value, list | tuple):
-        return [plain(item) for item in value]
-    if isinstance(value, np.generic):
-        value = value.item()
-    if isinstance(value, float) and not math.isfinite(value):
-        return None
-    return value
 
 
 def linear_figures(linear: Affine, center: np.ndarray) -> dict[str, Any]:
