@@ -45,7 +45,7 @@ def test_a_shear_is_refused(scene, tmp_path):
     shear = np.eye(4)
     shear[0, 1] = 0.2
     node.SetAndObserveTransformNodeID(add_linear(scene, "shear", shear).GetID())
-    with pytest.raises(UnsuitableNodeError, match="not perpendicular.*resample"):
+    with pytest.raises(UnsuitableNodeError, match=r"not perpendicular.*resample"):
         write_volume(node, tmp_path / "scan.nrrd")
     assert not list(tmp_path.iterdir())
 
