@@ -274,7 +274,7 @@ def test_deeds_missing_numba_is_announced(monkeypatch, caplog):
     monkeypatch.setitem(sys.modules, "numba", None)
     monkeypatch.delitem(sys.modules, "uae.deeds.kernels", raising=False)
     monkeypatch.delattr(deeds, "kernels", raising=False)
-    backend.numba_kernels.cache_clear()
+    backend._import_kernels.cache_clear()
     try:
         with caplog.at_level(logging.WARNING):
             assert backend.resolve_backend("auto") == "numpy"
@@ -282,7 +282,23 @@ def test_deeds_missing_numba_is_announced(monkeypatch, caplog):
         with pytest.raises(InputError, match="numba"):
             backend.resolve_backend("numba")
     finally:
-        backend.numba_kernels.cache_clear()
+        backend._import_kernels.cache_clear()
+
+
+def test_deeds_kernels_that_do_not_compile_are_replaced(monkeypatch, caplog, bent):
+    from uae.deeds import backend, warm
+
+    def broken():
+        raise RuntimeError("no such intrinsic")
+
+    monkeypatch.setattr(warm, "warm_up", broken)
+    fixed, moving, _, _ = bent
+    try:
+        with caplog.at_level(logging.WARNING):
+            result = deeds.register(fixed, moving, preset=deeds.Preset("one", (deeds.Level(8, 1, 1),), "a test"))
+        assert result.backend == "numpy" and "cannot compile here (no such intrinsic)" in caplog.text
+    finally:
+        backend._gave_up.clear()
 
 
 def test_deeds_cancel_inside_a_level_stops_both_threads(bent):

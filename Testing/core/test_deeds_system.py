@@ -300,10 +300,10 @@ def test_deeds_unknown_torch_device_is_refused(moved):
 def test_deeds_folds_outside_the_overlap_lower_the_verdict(moved, monkeypatch):
     from dataclasses import replace
 
-    from uae.registration import pipeline
+    from uae.registration import deformable
 
-    real = pipeline.taper
-    monkeypatch.setattr(pipeline, "taper", lambda *args: replace(real(*args), folding_outside=7))
+    real = deformable.taper
+    monkeypatch.setattr(deformable, "taper", lambda *args: replace(real(*args), folding_outside=7))
     result = deform(*moved)
     assert result.status == "review"
     assert "folds at 7 nodes" in result.reason

@@ -11,8 +11,9 @@ from uae.errors import InputError
 from uae.geometry import Geometry
 from uae.registration import pipeline
 from uae.registration.adareg import ACCEPTED, REFUSED, REVIEW, AdaRegResult
+from uae.registration.deformable import crop_geometry
 from uae.registration.output import OWNED, write_result
-from uae.registration.pipeline import RegisterOptions, RegistrationResult, crop_geometry, deform
+from uae.registration.pipeline import RegisterOptions, RegistrationResult, deform
 from uae.registration.refine import RefineResult
 from uae.registration.relate import Relation
 from uae.registration.summary import build_report, linear_figures

@@ -14,9 +14,22 @@ from uae.errors import CancelledError, InputError
 logger = logging.getLogger(__name__)
 
 
-@lru_cache(maxsize=1)
+_gave_up = threading.Event()
+
+
 def numba_kernels() -> ModuleType | None:
-    """The compiled kernels, or None (announced once) where numba cannot be imported."""
+    """The compiled kernels, or None (announced once) where numba cannot be imported or cannot compile them."""
+    return None if _gave_up.is_set() else _import_kernels()
+
+
+def give_up_numba(error: Exception) -> None:
+    """Use the numpy code from now on: the kernels cannot be compiled on this machine."""
+    _gave_up.set()
+    logger.warning("numba cannot compile here (%s): DEEDS runs the exact but slower numpy code", error)
+
+
+@lru_cache(maxsize=1)
+def _import_kernels() -> ModuleType | None:
     try:
         import numba  # noqa: F401  first, since the kernels' modules may have been imported while it was there
 

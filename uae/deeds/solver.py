@@ -12,7 +12,7 @@ import numpy as np
 
 from uae.deeds import fields
 from uae.deeds.affine import affine_step
-from uae.deeds.backend import Memory, Work, processor_backend, resolve_backend
+from uae.deeds.backend import Memory, Work, processor_backend
 from uae.deeds.cost import BLOCK_MB, ControlGrid, block_samples, cost_scale, data_cost
 from uae.deeds.inputs import Image, check_overlap, out_of_memory, prepare, usable_levels, working_grid
 from uae.deeds.mind import mind_ssc
@@ -20,6 +20,7 @@ from uae.deeds.polish import Bending, polish
 from uae.deeds.presets import Level, Preset, find_preset
 from uae.deeds.result import CancelWork, DeedsResult, finish
 from uae.deeds.tree import build_tree, propagate
+from uae.deeds.warm import usable_backend
 from uae.progress import Cancel, Progress, check_cancel, report
 from uae.transform import Affine
 from uae.volume import Geometry, Volume
@@ -251,7 +252,7 @@ def register(
         CancelledError: the user stopped it.
     """
     preset = find_preset(preset)
-    backend = resolve_backend(backend)
+    backend = usable_backend(backend)
     clock = {"start": time.perf_counter()}
     report(progress, "deeds preparation", 0.0)
     grid = working_grid(region or fixed.geometry, spacing)

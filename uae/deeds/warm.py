@@ -8,7 +8,7 @@ from functools import lru_cache
 
 import numpy as np
 
-from uae.deeds.backend import numba_kernels
+from uae.deeds.backend import give_up_numba, numba_kernels, resolve_backend
 from uae.deeds.presets import Level, Preset
 
 logger = logging.getLogger(__name__)
@@ -35,6 +35,20 @@ def warm_up() -> None:
     _ = result.inverse
 
 
+def usable_backend(name: str) -> str:
+    """`resolve_backend`, and numpy where the choice is free and the kernels turn out not to compile.
+
+    Raises:
+        InputError: the name is unknown, or numba is asked for and missing.
+    """
+    if name == "auto" or name.startswith("torch"):
+        try:
+            warm_up()
+        except Exception as error:
+            give_up_numba(error)
+    return resolve_backend(name)
+
+
 def warm_up_in_background() -> threading.Thread:
     """Start `warm_up` in a thread that neither delays the end of the program nor fails anybody."""
 
@@ -42,7 +56,7 @@ def warm_up_in_background() -> threading.Thread:
         try:
             warm_up()
         except Exception:
-            logger.warning("the DEEDS kernels could not be compiled in advance", exc_info=True)
+            logger.debug("the DEEDS kernels could not be compiled in advance", exc_info=True)
 
     thread = threading.Thread(target=run, name="deeds-warm-up", daemon=True)
     thread.start()
