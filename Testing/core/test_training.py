@@ -15,6 +15,7 @@ import numpy as np
 import pytest
 import torch
 from scipy.ndimage import map_coordinates
+from training_parts import tissue_block
 
 from uae.errors import CancelledError, InputError, ModelError
 from uae.geometry import Geometry
@@ -219,7 +220,9 @@ def test_a_step_that_is_not_finite_is_skipped(task_parts, tmp_path):
 def test_kill_leaves_a_checkpoint_that_resumes(tmp_path):
     output = tmp_path / "run"
     settings = [f"{key}={value}" for key, value in SMALL_VIEWS.items()]
-    settings += ["data.volumes=[]", "data.phantom_seeds=[0, 1]"]
+    (tmp_path / "block").mkdir()
+    tissue_block().write(tmp_path / "block" / "ct.nii.gz")
+    settings += ['data.volumes=[{ file = "block/ct.nii.gz", modality = "ct" }]', "data.phantom_seeds=[0, 0]"]
     settings += ["optimiser.steps=500", "optimiser.checkpoint_every=1"]
     command = [sys.executable, "-m", "uae", "train", "appearance", "--config", "small", "--output", str(output)]
     command += [part for setting in settings for part in ("--set", setting)]

@@ -12,7 +12,7 @@ from training_parts import small_config, small_task, tissue_block
 from uae.errors import InputError
 from uae.geometry import Geometry
 from uae.training import loop
-from uae.training.data import load_subjects, phantom_subject
+from uae.training.data import load_subjects
 from uae.training.labels import ClassTable, phantom_classes, totalsegmentator_case, totalsegmentator_cases
 from uae.training.prototypes import LabelledCells, prototype_loss
 from uae.training.semantic import SemanticTask, cell_classes
@@ -129,7 +129,7 @@ def test_labels_are_carried_by_place_and_labels_of_another_size_are_refused():
     array = np.zeros(scan.geometry.shape, np.uint8)
     array[10:20, 15:30, 20:40] = 5
     direction = np.diag([1.0, -1.0, 1.0])
-    origin = scan.geometry.origin + [0, 2.0 * (scan.geometry.shape[1] - 1), 0]
+    origin = scan.geometry.origin + np.array([0, 2.0 * (scan.geometry.shape[1] - 1), 0])
     flipped = Volume(array[:, ::-1].copy(), Geometry(array.shape, np.full(3, 2.0), origin, direction))
     valid = np.ones(array.shape, bool)
     assert np.array_equal(nearest_labels("x", flipped, scan.geometry, valid), array)
@@ -223,13 +223,8 @@ def test_label_map_entry_needs_a_name_table(tmp_path):
     table = ClassTable()
     subjects = load_subjects({"volumes": [entry | {"names": {"1": "liver"}}]}, tmp_path, table=table)
     assert subjects[0].annotated == {table.number("liver")}
-    held = {"file": "ct.nii.gz", "modality": "ct", "labels": "ct_ts_dicomslab/labels_ts.nii.gz", "names": {"5": "liver"}}
+    held = entry | {"labels": "ct_ts_dicomslab/labels_ts.nii.gz", "names": {"5": "liver"}}
     with pytest.raises(InputError, match="kept for validation or testing"):
         load_subjects({"volumes": [held]}, tmp_path, table=ClassTable())
 
 
-def test_phantom_labels_are_training_labels():
-    table = ClassTable()
-    subject = phantom_subject(0, 1.0, table, tissues=True, shared=True)
-    assert table.number("liver") in np.unique(subject.classes)
-    assert subject.tissues is not None and subject.frame is not None

@@ -45,7 +45,9 @@ class CrossModalTask(AppearanceTask):
         self.registered = load_registered(folder, rows)
         if not self.registered:
             reason = min(row.reason for row in rows)
-            raise InputError(f"none of {len(rows)} pairs was registered with confidence ({reason}); see {folder / TABLE}")
+            raise InputError(
+                f"none of {len(rows)} pairs was registered with confidence ({reason}); see {folder / TABLE}"
+            )
         logger.info("%d of %d pairs are trained on", len(self.registered), len(rows))
         super().__init__(config, root, progress, cancel)
         if not config["network"]["init"]:

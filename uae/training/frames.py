@@ -12,7 +12,9 @@ from uae.phantom import correspond
 from uae.transform import Transform
 
 LATTICE_VOXELS = 2
-"""Nodes every 4 mm: the maps have no detail under 100 mm, linear reading is then exact to 0.1 mm (test)."""
+"""Nodes every 4 mm: the maps have no detail under 100 mm, linear reading is then exact to 0.2 mm (test)."""
+CUBIC_MM = 12.0
+"""Exact nodes, cubic in between: ten times faster than exact inverses every 4 mm."""
 CANONICAL_BOX_MM = ((-210.0, -150.0, -230.0), (210.0, 170.0, 500.0))
 
 
@@ -33,7 +35,7 @@ def _lattice(geometry: Geometry, transform: Transform) -> tuple[Geometry, np.nda
     """Nodes of every LATTICE_VOXELS-th voxel of `geometry` and the image (3, z, y, x) mm of each under `transform`."""
     shape = tuple(-(-n // LATTICE_VOXELS) + 1 for n in geometry.shape)
     nodes = Geometry(shape, geometry.spacing * LATTICE_VOXELS, geometry.origin, geometry.direction)
-    return nodes, correspond.on_lattice(nodes, transform)
+    return nodes, correspond.on_lattice(nodes, transform, CUBIC_MM)
 
 
 class CanonicalFrame:
