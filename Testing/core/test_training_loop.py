@@ -1,4 +1,4 @@
-"""The loop under bad luck: killed at random moments, full disk, other settings, other data, values that are no numbers."""
+"""The loop under bad luck: killed at random moments, full disk, other settings, other data, no numbers."""
 
 from __future__ import annotations
 
@@ -45,6 +45,8 @@ KILLED = """
     import os, random, signal, sys, time
     from pathlib import Path
     import torch
+    import torch._dynamo
+    import torch.utils.tensorboard  # before the forks: importing it takes longer than the training
     from training_parts import small_config, small_task, tissue_block
     from uae.training import loop
     from uae.training.appearance import AppearanceTask
@@ -52,7 +54,7 @@ KILLED = """
 
     torch.set_num_threads(1)
     subjects = [subject_from_volume("block", tissue_block())]
-    config = small_config("optimiser.steps=14", "optimiser.checkpoint_every=1")
+    config = small_config("optimiser.steps=10", "optimiser.checkpoint_every=1")
 
     def train(output, resume):
         task = small_task(AppearanceTask, config, subjects, table=None)
@@ -81,8 +83,8 @@ KILLED = """
     kills = 0
     for _ in range(30):
         resume = (part / loop.CHECKPOINT).exists()
-        kills += in_child(part, resume, random.uniform(0.15, 0.6) * seconds)
-        if kills >= 4 and (part / loop.CHECKPOINT).exists():
+        kills += in_child(part, resume, random.uniform(0.1, 0.5) * seconds)
+        if kills >= 3 and (part / loop.CHECKPOINT).exists():
             break
     in_child(part, True, 600)
     print(kills)
@@ -96,7 +98,7 @@ def test_resume_after_kills_at_random_moments_gives_the_losses_of_an_uninterrupt
     done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=600)
     assert done.returncode == 0, done.stderr
     assert int(done.stdout.split()[-1]) >= 2
-    assert len(losses_of(whole)) == 14 and losses_of(part) == losses_of(whole)
+    assert len(losses_of(whole)) == 10 and losses_of(part) == losses_of(whole)
     first, second = (torch.load(p / loop.CHECKPOINT, weights_only=True) for p in (whole, part))
     for name in ("network", "ema"):
         assert all(torch.equal(first[name][key], second[name][key]) for key in first[name])
@@ -232,7 +234,7 @@ def test_no_volumes_one_volume_and_values_that_are_no_numbers(tmp_path):
 
 
 def test_views_larger_than_any_scan_say_so(subjects):
-    config = small_config("views.patch=[16, 256, 256]", "views.scale=[3.0, 3.1]", "views.positions=4000")
+    config = small_config("views.patch=[16, 64, 64]", "views.scale=[3.0, 3.1]", "views.positions=1600")
     task = small_task(AppearanceTask, config, subjects, table=None)
     with pytest.raises(InputError, match="too little of a patient"):
         task.prepare(np.random.default_rng(0))

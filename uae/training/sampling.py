@@ -24,7 +24,7 @@ __all__ = ["Pair", "View", "ViewMap", "draw_map", "draw_pair", "fine_positions",
 
 CANONICAL = -1
 """Subject number of pairs whose places lie in the canonical body."""
-TRIES = 200
+TRIES = 50
 OVERDRAW = 16
 """Random cells drawn for each correspondence wanted; about one in five lies in both bodies."""
 
