@@ -21,6 +21,7 @@ from uae.training import loop
 from uae.training.appearance import AppearanceTask, start_from
 from uae.training.config import complete, explain, read_config, shipped
 from uae.training.data import load_subjects
+from uae.training.pack import body_box, read_packed, write_packed
 from uae.training.pieces import join_pieces, split_file
 from uae.training.settings import SETTINGS
 from uae.training.subjects import subject_from_volume
@@ -268,3 +269,42 @@ def test_checkpoints_travel_in_pieces(tmp_path):
     pieces[1].unlink()
     with pytest.raises(InputError, match="missing"):
         join_pieces(tmp_path / "pieces", tmp_path / "again.pt")
+
+
+def test_packed_volumes_give_the_same_views(tmp_path):
+    scan = tissue_block()
+    mr = tissue_block(5)
+    mr.modality = "mr"
+    subjects = [subject_from_volume("a", scan, weight=2.0), subject_from_volume("b", mr)]
+    assert write_packed(tmp_path / "all.npz", subjects) == 1
+    packed = read_packed(tmp_path / "all.npz")
+    assert [(s.name, s.modality, s.weight) for s in packed] == [("a", "ct", 2.0), ("b", "mr", 1.0)]
+    for before, after in zip(subjects, packed):
+        box = body_box(before.mask)
+        assert np.array_equal(after.mask, before.mask[box]) and (after.mask == 2).sum() == (before.mask == 2).sum()
+        step = 0.5 if before.modality == "ct" else 0.5 / 4095
+        assert float((after.image[0, 0] - before.image[0, 0][box]).abs().max()) <= step + 1e-5
+        assert len(after.body_cells) > 0
+    exact = (tmp_path / "all.npz").stat().st_size
+    assert write_packed(tmp_path / "small.npz", subjects, exact * 2 // 3) > 1
+    assert (tmp_path / "small.npz").stat().st_size <= exact * 2 // 3
+    with pytest.raises(InputError, match="fewer volumes"):
+        write_packed(tmp_path / "tiny.npz", subjects, 1000)
+    assert not (tmp_path / "tiny.npz").exists()
+    (tmp_path / "bad.npz").write_bytes(b"PK nothing")
+    with pytest.raises(InputError, match="no usable packed file"):
+        read_packed(tmp_path / "bad.npz")
+    loaded = load_subjects({"packed": "all.npz", "volumes": [{"file": "none", "modality": "ct"}]}, tmp_path)
+    assert [s.name for s in loaded] == ["a", "b"]
+
+
+def test_time_left_of_a_resumed_training_counts_from_where_it_resumed(monkeypatch, capsys):
+    from uae.cli import common
+
+    clock = iter([100.0, 110.0])
+    monkeypatch.setattr(common.time, "monotonic", lambda: next(clock))
+    session = common.Session("json")
+    session.progress("training", 0.5)
+    session.progress("training", 0.6)
+    lines = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
+    assert lines[0]["eta_s"] is None and lines[1]["eta_s"] == pytest.approx(40.0)
