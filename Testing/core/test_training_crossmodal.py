@@ -195,6 +195,24 @@ def test_refused_and_failed_pairs_are_in_the_table_but_not_trained_on(registerin
     assert asked[-1] == "accepted-1.nii.gz" and other_round[0].key != rows[0].key
 
 
+def test_pairs_registered_in_parallel_give_the_same_table(tmp_path):
+    ct = tissue_block()
+    mr, _ = moved_mr(ct)
+    ct.write(tmp_path / "ct.nii.gz")
+    mr.write(tmp_path / "mr.nii.gz")
+    mr.array[:] = 7
+    mr.write(tmp_path / "flat.nii.gz")
+    torch.manual_seed(0)
+    save_model(tmp_path / "m.pt", UAENet(NARROW).state_dict(), NARROW, InputMap(), {}, {})
+    settings = small_config(f"crossmodal.model={tmp_path / 'm.pt'}", "crossmodal.deformable=false")["crossmodal"]
+    pairs = [(tmp_path / "ct.nii.gz", tmp_path / f"{name}.nii.gz") for name in ("mr", "flat", "mr")]
+    alone, together = (
+        registrations.register_pairs(pairs, settings | {"jobs": jobs}, tmp_path / str(jobs)) for jobs in (1, 2)
+    )
+    assert [(r.status, r.reason, r.key) for r in together] == [(r.status, r.reason, r.key) for r in alone]
+    assert {r.status for r in alone} <= {"refused", "failed"} and all(r.reason for r in alone)
+
+
 def test_margins_belong_to_rounds():
     settings = small_config()["crossmodal"]
     assert [registrations.margin_of(settings | {"round": k}) for k in (1, 2, 3)] == [10, 5, 1]

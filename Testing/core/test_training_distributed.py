@@ -16,7 +16,9 @@ from training_parts import small_config, small_task, tissue_block
 from uae.errors import InputError
 from uae.training import distributed
 from uae.training.appearance import AppearanceTask
+from uae.training.semantic import SemanticTask
 from uae.training.subjects import subject_from_volume
+from uae.volume import Volume
 
 HERE = Path(__file__).resolve().parent
 CHANGES = ["views.pairs_per_step=4", "optimiser.freeze_norm=true", "optimiser.checkpoint_every=2"]
@@ -31,7 +33,7 @@ PROCESS = """
     from pathlib import Path
     import torch
     import torch.distributed as dist
-    from test_training_distributed import VARIANTS, gradients
+    from test_training_distributed import VARIANTS, gradients, semantic_gradients
     from uae.training import distributed
 
     torch.set_num_threads(1)
@@ -41,6 +43,9 @@ PROCESS = """
         found = gradients(name)
         if distributed.rank() == 0:
             torch.save(found, output / f"{name}.pt")
+    found = semantic_gradients()
+    if distributed.rank() == 0:
+        torch.save(found, output / "semantic.pt")
     figures = distributed.average({"a": float(distributed.rank()), **({"b": 3.0} if distributed.rank() else {})})
     shares = distributed.strided_share(["p", "q", "r"]), distributed.own_share([0, 1, 2, 3])
     with (output / f"rank{distributed.rank()}.txt").open("w") as stream:
@@ -59,6 +64,35 @@ def gradients(variant: str) -> dict[str, torch.Tensor]:
     loss, _ = task.step(task.prepare(np.random.default_rng([1, 7])))
     loss.backward()
     return {name: value.grad.clone() for name, value in task.network.named_parameters()}
+
+
+def semantic_gradients(ranks: int = 1) -> list[dict[str, torch.Tensor]]:
+    """Gradients of a semantic step (with `ranks` above 1: the mean of what that many processes draw), then of an
+    appearance step, whose semantic head gets none."""
+    subjects = []
+    for k in (3, 4):
+        scan = tissue_block(k)
+        classes = Volume((scan.array > 60).astype(np.int16) + (scan.array > -500), scan.geometry)
+        subjects.append(subject_from_volume(f"b{k}", scan, classes=classes, annotated=frozenset({1, 2})))
+    config = small_config(*CHANGES, "semantic.probability=1.0")
+    task = small_task(SemanticTask, config, subjects, table=None)
+    task.distribute()
+    task.network.eval()
+    rng = np.random.default_rng([1, 8])
+    if ranks == 1:
+        batches = [task.prepare(rng)]
+    else:
+        rng.random()
+        batches = [task._draw_volumes(child, 2) for child in rng.spawn(ranks)]
+    found = []
+    for batch in batches:
+        (task.step(batch)[0] / ranks).backward()
+    found.append({n: p.grad.clone() for n, p in task.network.named_parameters() if p.grad is not None})
+    task.network.zero_grad()
+    config["semantic"]["probability"] = 0.0
+    task.step(task.prepare(np.random.default_rng([1, 9])))[0].backward()
+    found.append({n: p.grad.clone() for n, p in task.network.named_parameters() if p.grad is not None})
+    return found
 
 
 def two_processes(*arguments: str) -> None:
@@ -84,6 +118,16 @@ def test_distributed_gradients_equal_those_of_one_process_with_the_same_global_b
     assert largest > 1e-3
     for name, gradient in alone.items():
         assert float((together[name] - gradient).abs().max()) < 1e-5 * max(1.0, largest), name
+
+
+def test_distributed_semantic_steps_average_over_processes_and_leave_the_other_heads_alone(results):
+    together = torch.load(results / "semantic.pt", weights_only=True)
+    alone = semantic_gradients(ranks=2)
+    for step, (found, expected) in enumerate(zip(together, alone)):
+        unused = "fine." if step == 0 else "semantic."
+        for name, gradient in expected.items():
+            assert not name.startswith(unused) and float((found[name] - gradient).abs().max()) < 1e-5, name
+        assert all(float(g.abs().max()) == 0 for name, g in found.items() if name.startswith(unused))
 
 
 def test_distributed_shares_and_averages(results):

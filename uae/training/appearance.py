@@ -216,13 +216,16 @@ def train(
     config = complete(config)
     if "threads" in config:
         torch.set_num_threads(int(config["threads"]))
-    config["device"] = distributed.join(config.get("device", "auto"))
     folder = find_data(root).root
-    torch.manual_seed(int(config["optimiser"]["seed"]))
-    task = make_task(branch, config, folder, Path(output), progress, cancel)
-    task.distribute()
-    trainer = Trainer(task, config, Path(output), branch, explicit, validate)
-    return trainer.run(resume, budget_minutes, progress, cancel)
+    config["device"] = distributed.join(config.get("device", "auto"))
+    try:
+        torch.manual_seed(int(config["optimiser"]["seed"]))
+        task = make_task(branch, config, folder, Path(output), progress, cancel)
+        task.distribute()
+        trainer = Trainer(task, config, Path(output), branch, explicit, validate)
+        return trainer.run(resume, budget_minutes, progress, cancel)
+    finally:
+        distributed.leave()
 
 
 def make_task(

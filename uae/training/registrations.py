@@ -7,6 +7,7 @@ import hashlib
 import json
 import logging
 import multiprocessing
+import os
 import time
 from collections.abc import Iterable, Mapping
 from concurrent.futures import ProcessPoolExecutor, as_completed
@@ -263,7 +264,9 @@ def _run(jobs: list[dict[str, Any]], numbers: list[int], workers: int) -> Iterab
             yield number, register_one(job)
         return
     context = multiprocessing.get_context("spawn")
-    with ProcessPoolExecutor(min(workers, len(jobs)), mp_context=context) as pool:
+    workers = min(workers, len(jobs))
+    threads = max((os.cpu_count() or 1) // workers, 1)
+    with ProcessPoolExecutor(workers, context, limit_threads, (threads,)) as pool:
         futures = {pool.submit(register_one, job): (number, job) for number, job in zip(numbers, jobs, strict=True)}
         try:
             for future in as_completed(futures):
@@ -272,6 +275,13 @@ def _run(jobs: list[dict[str, Any]], numbers: list[int], workers: int) -> Iterab
                 yield number, _failure(job, error, 0.0) if error else future.result()
         finally:
             pool.shutdown(wait=False, cancel_futures=True)
+
+
+def limit_threads(threads: int) -> None:
+    """Bound the threads of one of several worker processes."""
+    import torch
+
+    torch.set_num_threads(threads)
 
 
 def _failure(job: Mapping[str, Any], error: BaseException, seconds: float) -> Row:
