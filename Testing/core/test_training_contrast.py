@@ -12,6 +12,7 @@ from uae.geometry import Geometry
 from uae.phantom import correspond
 from uae.preprocess import SOFT_TISSUE_KNOTS, InputMap
 from uae.training import augment, curves, sampling
+from uae.training import frames as frames_module
 from uae.training.frames import CanonicalFrame
 from uae.training.regions import superpixels
 from uae.training.subjects import subject_from_volume
@@ -129,12 +130,13 @@ def test_superpixels_get_a_curve_each(hu):
     assert wrong.mean() < 0.02
 
 
-def test_canonical_frames_match_phantoms_of_different_shape():
-    geometry = Geometry((319, 158, 219), np.full(3, 2.0), np.array([-219.0, -140, -190]), np.eye(3))
+def test_canonical_frames_match_phantoms_of_different_shape(monkeypatch):
+    monkeypatch.setattr(frames_module, "CANONICAL_BOX_MM", ((-210.0, -150.0, -40.0), (210.0, 170.0, 160.0)))
+    geometry = Geometry((150, 158, 219), np.full(3, 2.0), np.array([-219.0, -140, -90]), np.eye(3))
     maps = [correspond.subject_map(seed) for seed in (0, 1)]
     frames = [CanonicalFrame(geometry, m) for m in maps]
     points = correspond.body_lattice(31.0)
-    inside = (np.abs(points[:, 0]) < 150) & (np.abs(points[:, 1]) < 90) & (points[:, 2] > -170) & (points[:, 2] < 400)
+    inside = (np.abs(points[:, 0]) < 150) & (np.abs(points[:, 1]) < 90) & (points[:, 2] > -10) & (points[:, 2] < 130)
     a, b = (m.inverse().apply(points[inside]) for m in maps)
     voxels = torch.from_numpy(np.ascontiguousarray(geometry.mm_to_index(a)[:, ::-1])).float()
     found = frames[1].from_common(frames[0].to_common(voxels)).numpy()
