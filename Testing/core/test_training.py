@@ -15,12 +15,13 @@ import numpy as np
 import pytest
 import torch
 from scipy.ndimage import map_coordinates
+from training_parts import tissue_block
 
 from uae.errors import CancelledError, InputError, ModelError
 from uae.geometry import Geometry
 from uae.network import NetworkConfig, UAENet
 from uae.preprocess import InputMap
-from uae.training import appearance, augment, loop, losses, sampling
+from uae.training import appearance, augment, features, loop, losses, sampling
 from uae.training.config import read_config
 from uae.training.data import load_subjects, phantom_subject, subject_from_volume
 from uae.volume import Volume
@@ -53,9 +54,7 @@ class SmallTask(appearance.AppearanceTask):
 
     def __init__(self, config: dict, subjects: list) -> None:
         torch.manual_seed(0)
-        self.settings, self.loss_settings = config["views"], config["loss"]
-        self.input_map = InputMap()
-        self.network_config = NetworkConfig(
+        shapes = NetworkConfig(
             stem="space_to_depth",
             channels=(4, 4, 8, 8),
             strides=((1, 1, 1), (2, 2, 2), (2, 2, 2), (2, 2, 2)),
@@ -65,8 +64,7 @@ class SmallTask(appearance.AppearanceTask):
             head_channels=8,
         )
         self.device = torch.device("cpu")
-        self.network = UAENet(self.network_config)
-        self.subjects = subjects
+        self.set_up(config, shapes, InputMap(), subjects)
 
 
 @pytest.fixture(scope="module")
@@ -97,7 +95,8 @@ def test_view_map_inverts_its_deformation(config):
 
 def test_correspondences_show_the_same_anatomy(config, scan):
     subject = subject_from_volume("block", scan)
-    settings = config["views"] | {"ct_mr_probability": 0.0, "mr_mr_probability": 0.0, "positions": 64}
+    settings = config["views"] | config["contrast"] | config["synthetic"]
+    settings |= {"ct_mr_probability": 0.0, "mr_mr_probability": 0.0, "positions": 64}
     settings |= {"patch": [32, 48, 48], "deform_probability": 1.0, "field_of_view_probability": 0.0}
     pair = sampling.draw_pair(np.random.default_rng(5), [subject], settings, InputMap())
     for view in (0, 1):
@@ -109,12 +108,17 @@ def test_correspondences_show_the_same_anatomy(config, scan):
         assert np.abs(truth - seen).max() < 1.0
 
 
-@pytest.mark.parametrize("kind", [augment.ct_view, augment.mr_like_view])
-def test_views_are_repeated_by_their_seed_and_lie_in_0_1(kind):
-    image = torch.rand(16, 24, 24) * 1500
-    first = kind(np.random.default_rng(7), image.clone())
-    assert torch.equal(first, kind(np.random.default_rng(7), image.clone()))
-    assert not torch.equal(first, kind(np.random.default_rng(8), image.clone()))
+@pytest.mark.parametrize("kind", ["ct", "mr-like", "mr", "synthetic"])
+def test_views_are_repeated_by_their_seed_and_lie_in_0_1(kind, config):
+    image = torch.rand(16, 24, 24) * (1 if kind == "mr" else 1500)
+
+    def render(seed: int) -> torch.Tensor:
+        drawn = augment.draw_contrast(np.random.default_rng(seed), kind, config["contrast"], (16, 24, 24))
+        return augment.apply_contrasts(image[None], [drawn])[0]
+
+    first = render(7)
+    assert torch.equal(first, render(7))
+    assert not torch.equal(first, render(8))
     assert float(first.min()) >= 0 and float(first.max()) <= 1 and bool(first.isfinite().all())
 
 
@@ -124,14 +128,14 @@ def test_head_at_cells_equals_the_dense_head():
     dense = network.fine.output(pyramid).detach()
     views = torch.tensor([0, 1, 0, 1])
     cells = torch.tensor([[0, 0, 0], [5, 6, 7], [2, 3, 4], [0, 6, 1]])
-    sparse = appearance.head_at_cells(network.fine, pyramid, views, cells)
+    sparse = features.head_at_cells(network.fine, pyramid, views, cells)
     assert torch.allclose(sparse, dense[views, :, cells[:, 0], cells[:, 1], cells[:, 2]], atol=1e-4)
 
 
 def test_cell_corners_are_trilinear_at_the_cell_centres():
     ramp = torch.stack(torch.meshgrid(*[torch.arange(n, dtype=torch.float32) for n in (6, 7, 8)], indexing="ij"), -1)
     positions = torch.tensor([[2.5, 6.5, 8.5], [3.1, 7.9, 14.5], [0.0, 13.0, 20.0]])
-    cells, weights = appearance.cell_corners(positions, (6, 7, 8))
+    cells, weights = features.cell_corners(positions, (6, 7, 8))
     values = (ramp[cells[..., 0], cells[..., 1], cells[..., 2]] * weights[..., None]).sum(1)
     expected = torch.tensor([[1.0, 3.0, 4.0], [1.3, 3.7, 7.0], [0.0, 6.0, 7.0]])
     assert torch.allclose(values, expected, atol=1e-5)
@@ -162,13 +166,14 @@ def test_loss_ignores_negatives_within_the_exclusion_radius():
         negative = {level: torch.cat([query[level], far[level]]) for level in query}
         negative_mm = torch.cat([places + torch.tensor([offset, 0, 0]), places + 1e4])
         pair = losses.PairFeatures(query, query, negative, places, places, negative_mm)
-        return float(losses.appearance_loss([pair], weights=(0.0, 1.0, 0.0))[0])
+        return float(losses.appearance_loss([pair], {"weights": (0.0, 1.0, 0.0)})[0])
 
     assert loss(7.0) < loss(9.0) - 0.5
 
 
 def test_same_step_gives_the_same_loss(task_parts):
-    first, second = (SmallTask(*task_parts).step(np.random.default_rng([1, 5]))[0] for _ in range(2))
+    tasks = [SmallTask(*task_parts) for _ in range(2)]
+    first, second = (task.step(task.prepare(np.random.default_rng([1, 5])))[0] for task in tasks)
     assert float(first) == float(second)
 
 
@@ -215,7 +220,9 @@ def test_a_step_that_is_not_finite_is_skipped(task_parts, tmp_path):
 def test_kill_leaves_a_checkpoint_that_resumes(tmp_path):
     output = tmp_path / "run"
     settings = [f"{key}={value}" for key, value in SMALL_VIEWS.items()]
-    settings += ["data.volumes=[]", "data.phantom_seeds=[0, 1]"]
+    (tmp_path / "block").mkdir()
+    tissue_block().write(tmp_path / "block" / "ct.nii.gz")
+    settings += ['data.volumes=[{ file = "block/ct.nii.gz", modality = "ct" }]', "data.phantom_seeds=[0, 0]"]
     settings += ["optimiser.steps=500", "optimiser.checkpoint_every=1"]
     command = [sys.executable, "-m", "uae", "train", "appearance", "--config", "small", "--output", str(output)]
     command += [part for setting in settings for part in ("--set", setting)]

@@ -42,7 +42,7 @@ class Session:
         self.json = progress == "json"
         self.bar = progress == "auto" and sys.stderr.isatty()
         self._stage = ""
-        self._started = self._reported = 0.0
+        self._started = self._reported = self._first = 0.0
         self._open_line = False
 
     def progress(self, stage: str, fraction: float) -> None:
@@ -53,10 +53,12 @@ class Session:
         if stage != self._stage:
             self.close()
             self._stage, self._started, self._reported = stage, now, -REPORT_EVERY_S
+            self._first = fraction
         elif now - self._reported < REPORT_EVERY_S and fraction < 1:
             return
         self._reported = now
-        eta = (now - self._started) * (1 - fraction) / fraction if fraction > 0 else None
+        gained = fraction - self._first  # a resumed training starts far from 0
+        eta = (now - self._started) * (1 - fraction) / gained if gained > 0 else None
         if self.json:
             self._line({"stage": stage, "percent": round(100 * fraction, 1), "eta_s": _rounded(eta)})
         else:

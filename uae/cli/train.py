@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +13,10 @@ from uae.errors import InputError
 
 TRAIN_EXAMPLE = """\
   uae train appearance --config small --set optimiser.learning_rate=5e-4 --output runs/first --budget-minutes 45
-  uae train appearance --config small --output runs/first --resume"""
+  uae train appearance --config small --output runs/first --resume
+  uae train semantic --config small --set network.init=uae-m --output runs/semantic
+  uae train crossmodal --config small --set crossmodal.pairs=pairs.csv --output runs/round1
+  torchrun --nproc-per-node 4 -m uae.training appearance --config paper --output runs/paper"""
 BENCH_EXAMPLE = """\
   UAE_DATA=/data/uae uae bench embedding --quick --json build/bench/embedding.json
   uae bench match --json build/bench/match.json
@@ -21,6 +25,8 @@ BENCH_EXAMPLE = """\
 
 def add_commands(commands: argparse._SubParsersAction) -> None:
     """Add `train` and `bench`."""
+    from uae.training.config import explain
+
     train = add_command(
         commands,
         "train",
@@ -29,9 +35,17 @@ def add_commands(commands: argparse._SubParsersAction) -> None:
         TRAIN_EXAMPLE,
     )
     train.set_defaults(run=run_train)
-    train.add_argument("branch", choices=("appearance",), help="what to train")
+    train.epilog += "\n" + explain()
     train.add_argument(
-        "--config", required=True, metavar="F.toml", help="the recipe, or the name of one that ships (small)"
+        "branch",
+        choices=("appearance", "semantic", "crossmodal"),
+        help="appearance: SAM, UAE-M0; semantic: SEA (UAE-S); crossmodal: UAE-M k, from registrations by model k-1",
+    )
+    train.add_argument(
+        "--config",
+        required=True,
+        metavar="F.toml",
+        help="the recipe, or the name of one that ships: small, paper, released",
     )
     train.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="override one entry (a.b=value)")
     train.add_argument("--output", required=True, metavar="DIR", help="folder of the run")
@@ -68,7 +82,7 @@ def add_commands(commands: argparse._SubParsersAction) -> None:
 
 def run_train(arguments: argparse.Namespace, session: Session) -> int:
     """Train one branch."""
-    from uae.training.config import read_config
+    from uae.training.config import read_config, setting_names
 
     config = read_config(arguments.config, arguments.set)
     output = check_writable(arguments.output, folder=True)
@@ -85,9 +99,24 @@ def run_train(arguments: argparse.Namespace, session: Session) -> int:
         resume=arguments.resume,
         budget_minutes=arguments.budget_minutes,
         progress=session.progress,
+        branch=arguments.branch,
+        explicit=setting_names(arguments.set),
+        validate=_validation(arguments, config) if config["validation"]["every"] else None,
     )
     session.say(f"written: {model}")
     return 0
+
+
+def _validation(arguments: argparse.Namespace, config: dict[str, Any]) -> Callable[[Path], dict[str, float]]:
+    """Measures a model file on the validation subjects; `score` decides which checkpoint is the best."""
+    from uae.bench.data import find_data
+    from uae.bench.validation import quick_validation
+
+    find_data(arguments.data)
+    settings = config["validation"]
+    return lambda path: quick_validation(
+        path, arguments.data, settings["sets"], settings["cases"], config.get("device", "auto")
+    )
 
 
 def run_bench(arguments: argparse.Namespace, session: Session) -> int:

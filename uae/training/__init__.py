@@ -1,1 +1,1 @@
-"""Headless training of the embeddings: views, losses, a loop that resumes exactly, and the appearance branch."""
+"""Headless training of the embeddings: views, losses, branches, registered pairs, and a loop that resumes exactly."""

@@ -3,192 +3,178 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
 from uae.bench.data import find_data
 from uae.device import resolve_device
 from uae.errors import InputError
-from uae.network import NetworkConfig, PyramidHead, UAENet
-from uae.preprocess import NETWORK_SPACING_MM, InputMap
+from uae.network import NetworkConfig, UAENet
+from uae.preprocess import InputMap
 from uae.progress import Cancel, Progress
-from uae.training.config import check_config
+from uae.training import distributed
 from uae.training.data import load_subjects
-from uae.training.loop import Trainer
-from uae.training.losses import PairFeatures, appearance_loss
-from uae.training.sampling import Pair, draw_pair, sample_at
+from uae.training.features import coarse_cells, step_features
+from uae.training.labels import ClassTable
+from uae.training.loop import Trainer, Validate
+from uae.training.losses import PairFeatures, appearance_loss, coarse_cells_loss
+from uae.training.sampling import Pair, draw_pair
+from uae.training.subjects import Subject
+from uae.training.views import render_views
 
 logger = logging.getLogger(__name__)
 
 
-def head_at_cells(head: PyramidHead, pyramid: Tensor, views: Tensor, cells: Tensor) -> Tensor:
-    """The head's 3x3x3 output convolution at some cells only; equal to the dense one, a fraction of its work.
+def network_config(settings: dict[str, Any], semantic: bool) -> NetworkConfig:
+    """Shapes of the network that the table [network] asks for.
 
-    Args:
-        head: the head whose `output` convolution is meant.
-        pyramid: (B, C, z, y, x) summed pyramid of all views.
-        views: (K,) int, the view of each cell.
-        cells: (K, 3) int z, y, x.
-
-    Returns:
-        (K, C), not normalised.
+    Raises:
+        InputError: unknown kind.
     """
-    channels = pyramid.shape[1]
-    depth, height, width = (n + 2 for n in pyramid.shape[2:])
-    rows = F.pad(pyramid, (1, 1, 1, 1, 1, 1)).movedim(1, -1).reshape(-1, channels)
-    steps = torch.arange(3, device=pyramid.device)
-    offsets = (steps[:, None, None] * height + steps[:, None]) * width + steps
-    start = ((views * depth + cells[:, 0]) * height + cells[:, 1]) * width + cells[:, 2]
-    patches = rows.index_select(0, (start[:, None] + offsets.reshape(-1)).reshape(-1)).reshape(len(cells), -1)
-    weight = head.output.weight.permute(0, 2, 3, 4, 1).reshape(channels, -1)
-    return patches @ weight.T + head.output.bias
+    kind = settings["kind"]
+    if kind == "light":
+        return NetworkConfig.light(semantic=semantic)
+    if kind == "paper":
+        width, channels = int(settings.get("width", 64)), int(settings.get("head_channels", 128))
+        return NetworkConfig.paper(semantic=semantic, width=width, head_channels=channels)
+    raise InputError(f"network.kind = {kind!r}: unknown; use light or paper")
 
 
-def cell_corners(positions: Tensor, shape: tuple[int, ...]) -> tuple[Tensor, Tensor]:
-    """The 8 fine cells around each position and their trilinear weights.
+class Runner(nn.Module):
+    """Calls a function with the network from inside `forward`, where DistributedDataParallel watches the gradients."""
 
-    Args:
-        positions: (K, 3) float voxels z, y, x of a view; fine cell k lies at voxel 2 k + 0.5.
-        shape: (z, y, x) of the fine grid.
+    def __init__(self, network: UAENet) -> None:
+        super().__init__()
+        self.network = network
 
-    Returns:
-        (K, 8, 3) int cells and (K, 8) weights.
-    """
-    limit = torch.tensor(shape, dtype=torch.float32) - 1
-    place = torch.minimum(((positions - 0.5) / 2).clamp(min=0), limit)
-    low = torch.minimum(place.floor(), limit - 1).clamp(min=0)
-    fraction = (place - low)[:, None]
-    corners = torch.stack(torch.meshgrid(*[torch.arange(2)] * 3, indexing="ij"), -1).reshape(8, 3)
-    weight = torch.where(corners.bool(), fraction, 1 - fraction).prod(-1)
-    return torch.minimum(low.long()[:, None] + corners, limit.long()), weight
-
-
-def coarse_at_positions(coarse: Tensor, positions: Tensor, stride: tuple[int, int, int]) -> Tensor:
-    """Trilinear reading of the coarse map (C, z, y, x) at (K, 3) voxel positions; cell k lies at s k + (s - 1) / 2."""
-    step = torch.tensor(stride, dtype=torch.float32, device=coarse.device)
-    return sample_at(coarse[None], (positions - (step - 1) / 2) / step, padding="border").T
-
-
-def step_features(
-    network: UAENet, pyramid: Tensor, coarse: Tensor, pairs: list[Pair], negatives: list[list[Tensor]]
-) -> list[PairFeatures]:
-    """Features of all pairs of a step; the fine head is evaluated once, at the cells that are needed.
-
-    Args:
-        network: whose heads are read.
-        pyramid: (2 P, C, z, y, x) summed fine pyramids, both views of a pair side by side.
-        coarse: (2 P, C, z, y, x) coarse maps.
-        pairs: P pairs.
-        negatives: per pair and view (N, 3) random fine cells.
-    """
-    device = pyramid.device
-    cells, weights, owners = [], [], []
-    for index, pair in enumerate(pairs):
-        for view in (0, 1):
-            corners, weight = cell_corners(pair.partners[view], pyramid.shape[2:])
-            own = torch.cat([pair.cells[view], negatives[index][view]])
-            cells += [own, corners.reshape(-1, 3)]
-            owners += [torch.full((len(own),), 2 * index + view), torch.full((8 * len(corners),), 2 * index + 1 - view)]
-            weights.append(weight.to(device))
-    fine = head_at_cells(network.fine, pyramid, torch.cat(owners).to(device), torch.cat(cells).to(device))
-    parts = iter(fine.split([len(part) for part in cells]))
-    maps = coarse.unbind(0)
-    result = []
-    for index, pair in enumerate(pairs):
-        views = []
-        for view in (0, 1):
-            own, corners = next(parts), next(parts)
-            weight = weights[2 * index + view]
-            partner = (corners.reshape(*weight.shape, -1) * weight[..., None]).sum(1)
-            own_coarse, partner_coarse = maps[2 * index + view], maps[2 * index + 1 - view]
-            random_cells = negatives[index][view]
-            views.append(
-                _view_features(network, pair, view, random_cells, own, partner, own_coarse, partner_coarse)
-            )
-        merged = [
-            {level: F.normalize(torch.cat([v[part][level] for v in views]), dim=-1) for level in ("fine", "coarse")}
-            for part in range(3)
-        ]
-        places = [torch.cat([v[part] for v in views]).to(device) for part in range(3, 6)]
-        result.append(PairFeatures(*merged, *places, subject=pair.subject_index))
-    return result
-
-
-def _view_features(
-    network: UAENet,
-    pair: Pair,
-    view: int,
-    negatives: Tensor,
-    fine: Tensor,
-    partner_fine: Tensor,
-    coarse: Tensor,
-    partner_coarse: Tensor,
-) -> tuple[Any, ...]:
-    stride, device = network.config.coarse_stride, fine.device
-    count = len(pair.cells[view])
-    positions = torch.cat([pair.cells[view], negatives]) * 2 + 0.5
-    rough = coarse_at_positions(coarse, positions.to(device), stride)
-    partner_rough = coarse_at_positions(partner_coarse, pair.partners[view].to(device), stride)
-    places = pair.views[view].map.to_subject(positions) * NETWORK_SPACING_MM
-    partner_places = pair.views[1 - view].map.to_subject(pair.partners[view]) * NETWORK_SPACING_MM
-    return (
-        {"fine": fine[:count], "coarse": rough[:count]},
-        {"fine": partner_fine, "coarse": partner_rough},
-        {"fine": fine[count:], "coarse": rough[count:]},
-        places[:count],
-        partner_places,
-        places[count:],
-    )
+    def forward(self, work: Callable[..., Any], *arguments: Any) -> Any:
+        """`work(network, *arguments)`."""
+        return work(self.network, *arguments)
 
 
 class AppearanceTask:
     """What the loop needs of the appearance branch: a network and the loss of one seeded step."""
 
+    semantic = False
+
     def __init__(
         self, config: dict[str, Any], root: Path, progress: Progress | None = None, cancel: Cancel | None = None
     ) -> None:
-        self.settings = config["views"]
-        self.loss_settings = config["loss"]
-        self.input_map = InputMap(config["network"].get("input_map", "soft-tissue"))
+        self.table = ClassTable() if self.semantic else None
         self.device = resolve_device(config.get("device", "auto"))
-        kind = config["network"]["kind"]
-        kinds = {"light": NetworkConfig.light, "paper": NetworkConfig.paper}
-        if kind not in kinds:
-            raise InputError(f"network.kind = {kind!r}: unknown; use light or paper")
-        self.network_config = kinds[kind](semantic=False)
-        self.network = UAENet(self.network_config).to(self.device, memory_format=torch.channels_last_3d)
-        self.subjects = load_subjects(config["data"], root, progress, cancel)
-
-    def step(self, rng: np.random.Generator) -> tuple[Tensor, dict[str, float]]:
-        """Draw the pairs of one step, run the network and return its loss and figures."""
-        pairs = [
-            draw_pair(rng, self.subjects, self.settings, self.input_map) for _ in range(self.settings["pairs_per_step"])
-        ]
-        images = torch.stack([view.image for pair in pairs for view in pair.views])[:, None]
-        images = images.to(self.device, memory_format=torch.channels_last_3d)
-        maps = self.network.stages(self.network.early(images))
-        pyramid, coarse = self.network.fine.pyramid(maps[:3]), self.network.coarse(maps[3:])
-        count = self.settings["negatives_per_view"]
-        negatives = [[_random_cells(rng, view.valid, count) for view in pair.views] for pair in pairs]
-        features = step_features(self.network, pyramid, coarse, pairs, negatives)
-        return appearance_loss(
-            features,
-            self.loss_settings["temperature"],
-            self.loss_settings["fine_exclusion_mm"],
-            self.loss_settings["coarse_exclusion_mm"],
-            tuple(self.loss_settings["weights"]),
+        subjects = load_subjects(
+            config["data"], root, progress, cancel, self.table, config["contrast"], config["synthetic"]
         )
+        shapes = network_config(config["network"], self.semantic)
+        self.set_up(config, shapes, InputMap(config["network"]["input_map"]), subjects)
+        if config["network"]["init"]:
+            start_from(self.network, config["network"]["init"])
+
+    def set_up(
+        self, config: dict[str, Any], shapes: NetworkConfig, input_map: InputMap, subjects: list[Subject]
+    ) -> None:
+        """Take over settings and subjects and make the network; `device` must be set."""
+        self.config = config
+        self.settings = {**config["views"], **config["contrast"], **config["synthetic"], "fov_negatives": 0}
+        self.loss_settings = config["loss"]
+        self.input_map, self.network_config = input_map, shapes
+        self.network = UAENet(shapes).to(self.device, memory_format=torch.channels_last_3d)
+        self.subjects = [subject.on(self.device) for subject in subjects]
+        self.runner: nn.Module = Runner(self.network)
+        self.branch_probabilities: dict[str, float] = {}
+
+    def distribute(self) -> None:
+        """Wrap the network for several processes: synchronised BatchNorm on GPUs, averaged gradients."""
+        if distributed.world() == 1:
+            return
+        if self.device.type == "cuda":
+            self.network = nn.SyncBatchNorm.convert_sync_batchnorm(self.network)
+            self.runner = Runner(self.network)
+        self.runner = nn.parallel.DistributedDataParallel(self.runner, find_unused_parameters=self.semantic)
+
+    def prepare(self, rng: np.random.Generator) -> list[Pair]:
+        """Draw the pairs of this process for one step, not rendered yet; each from its own child of `rng`."""
+        children = rng.spawn(self.settings["pairs_per_step"])
+        return [self.draw(child, index) for index, child in enumerate(children) if index in self._own()]
+
+    def _own(self) -> list[int]:
+        return distributed.own_share(range(self.settings["pairs_per_step"]))
+
+    def draw(self, rng: np.random.Generator, index: int) -> Pair:
+        """Draw pair `index` of a step."""
+        return draw_pair(rng, self.subjects, self.settings, self.input_map)
+
+    def step(self, pairs: list[Pair]) -> tuple[Tensor, dict[str, float]]:
+        """Run the network on prepared pairs and return the loss of this process and its figures."""
+        return self.appearance(pairs)
+
+    def appearance(self, pairs: list[Pair]) -> tuple[Tensor, dict[str, float]]:
+        """Appearance loss of prepared pairs."""
+        views = [view for pair in pairs for view in pair.all_views]
+        images = render_views(views, self.input_map)[:, None]
+        images = images.to(memory_format=torch.channels_last_3d)
+        cells = self.loss_settings["coarse"] == "cells"
+        features, coarse = self.runner(self._features, images, pairs)
+        weights = list(self.loss_settings["weights"])
+        if cells:
+            weights[2] = 0.0
+        settings = {**self.loss_settings, "weights": weights}
+        loss, figures = appearance_loss(features, settings, distributed.gather_pool(features))
+        if cells:
+            extra = self._coarse_cells(pairs, coarse)
+            figures["coarse"] = float(extra.detach())
+            loss = loss + self.loss_settings["weights"][2] * extra
+        return loss, figures
+
+    def _features(self, network: UAENet, images: Tensor, pairs: list[Pair]) -> tuple[list[PairFeatures], Tensor]:
+        with torch.autocast(self.device.type, torch.bfloat16, enabled=self.device.type == "cuda"):
+            maps = network.stages(network.early(images))
+            pyramid, coarse = network.fine.pyramid(maps[:3]), network.coarse(maps[3:])
+            return step_features(network, pyramid, coarse, pairs), coarse
+
+    def _coarse_cells(self, pairs: list[Pair], coarse: Tensor) -> Tensor:
+        """The papers' coarse loss (all coarse cells as queries), averaged over pairs."""
+        stride = self.network_config.coarse_stride
+        first, found = 0, []
+        for pair in pairs:
+            found.append(coarse_cells(pair, coarse[first : first + 2], stride))
+            first += len(pair.all_views)
+        own = torch.stack([torch.cat(vectors) for vectors, _, _ in found])
+        everyone = distributed.gather(own)
+        offset = distributed.rank() * len(pairs)
+        losses = []
+        for index, (pair, (vectors, places, valid)) in enumerate(zip(pairs, found, strict=True)):
+            others = [i for i in range(len(everyone)) if i != offset + index]
+            generator = torch.Generator().manual_seed(pair.seed)
+            loss = coarse_cells_loss(
+                vectors, places, valid, everyone[others].flatten(0, 1), self.loss_settings, generator
+            )
+            losses.append(coarse.sum() * 0.0 if loss is None else loss)
+        return torch.stack(losses).mean()
 
 
-def _random_cells(rng: np.random.Generator, valid: Tensor, count: int) -> Tensor:
-    candidates = valid[::2, ::2, ::2].nonzero()
-    generator = torch.Generator().manual_seed(int(rng.integers(1 << 62)))
-    return candidates[torch.randint(len(candidates), (count,), generator=generator)]
+def start_from(network: UAENet, model: str) -> None:
+    """Load the weights of a trained model; heads that it lacks keep their first values.
+
+    Raises:
+        ModelError: no such model.
+        InputError: it is of another architecture.
+    """
+    from uae.models import load_model
+
+    state = load_model(model).state_dict()
+    own = network.state_dict()
+    missing = [name for name in own if name not in state and not name.startswith("semantic.")]
+    other = [name for name, value in state.items() if name in own and own[name].shape != value.shape]
+    if missing or other or set(state) - set(own) - {name for name in state if name.startswith("semantic.")}:
+        raise InputError(f"network.init = {model!r}: another architecture; use the network.kind it was trained with")
+    network.load_state_dict({name: value for name, value in state.items() if name in own}, strict=False)
+    logger.info("weights start from %s", model)
 
 
 def train(
@@ -199,31 +185,65 @@ def train(
     budget_minutes: float | None = None,
     progress: Progress | None = None,
     cancel: Cancel | None = None,
+    branch: str = "appearance",
+    explicit: frozenset[str] = frozenset(),
+    validate: Validate | None = None,
 ) -> Path:
-    """Train the appearance branch.
+    """Train a branch.
 
     Args:
         config: see `configs/small.toml`; `device` and `threads` may stand at its top.
-        output: folder of checkpoints, `log.jsonl` and the exported model.
+        output: folder of checkpoints, `log.jsonl`, TensorBoard curves and the exported model.
         root: folder of the training data; default the one that UAE_DATA names.
         resume: go on from the last checkpoint in `output`.
         budget_minutes: stop (resumable) after this much time; the schedule counts steps, not minutes.
         progress: called after every step.
         cancel: asked before every step.
+        branch: "appearance", "semantic" or "crossmodal".
+        explicit: settings that may differ from those the run was started with.
+        validate: measures a model file every `validation.every` steps.
 
     Returns:
         The exported model file (EMA weights).
 
     Raises:
-        InputError: a bad configuration or data.
+        InputError: a bad configuration or data, or settings that differ from those of the resumed run.
         ResourceError: the disk is full.
         CancelledError: stopped by the user; the last checkpoint stays.
     """
-    check_config(config)
+    from uae.training.config import complete
+
+    config = complete(config)
     if "threads" in config:
         torch.set_num_threads(int(config["threads"]))
     folder = find_data(root).root
-    torch.manual_seed(int(config["optimiser"]["seed"]))
-    task = AppearanceTask(config, folder, progress, cancel)
-    trainer = Trainer(task, config, Path(output))
-    return trainer.run(resume, budget_minutes, progress, cancel)
+    config["device"] = distributed.join(config.get("device", "auto"))
+    try:
+        torch.manual_seed(int(config["optimiser"]["seed"]))
+        task = make_task(branch, config, folder, Path(output), progress, cancel)
+        task.distribute()
+        trainer = Trainer(task, config, Path(output), branch, explicit, validate)
+        return trainer.run(resume, budget_minutes, progress, cancel)
+    finally:
+        distributed.leave()
+
+
+def make_task(
+    branch: str, config: dict[str, Any], root: Path, output: Path, progress: Progress | None, cancel: Cancel | None
+) -> AppearanceTask:
+    """The task of a branch.
+
+    Raises:
+        InputError: unknown branch, or its data cannot be used.
+    """
+    if branch == "semantic":
+        from uae.training.semantic import SemanticTask
+
+        return SemanticTask(config, root, progress, cancel)
+    if branch == "crossmodal":
+        from uae.training.crossmodal import CrossModalTask
+
+        return CrossModalTask(config, root, output, progress, cancel)
+    if branch != "appearance":
+        raise InputError(f"unknown branch {branch!r}; use appearance, semantic or crossmodal")
+    return AppearanceTask(config, root, progress, cancel)

@@ -2,14 +2,20 @@
 
 from __future__ import annotations
 
+import copy
+import functools
 import sys
 from pathlib import Path
 from typing import Any
 
 from uae.errors import InputError
+from uae.training.settings import SETTINGS
 
 CONFIG_FOLDER = Path(__file__).parent / "configs"
-TABLES = ("network", "data", "views", "loss", "optimiser")
+SHIPPED = ("small", "paper", "released")
+REQUIRED = ("network", "data", "views", "loss", "optimiser")
+TABLES = tuple(dict.fromkeys(name.split(".")[0] for name in SETTINGS))
+TOP = ("device", "threads")
 
 
 def _toml(text: str) -> dict[str, Any]:
@@ -20,55 +26,109 @@ def _toml(text: str) -> dict[str, Any]:
     return tomllib.loads(text)
 
 
+@functools.cache
+def shipped(name: str) -> dict[str, Any]:
+    """A configuration that ships, by name; not to be changed."""
+    return _toml((CONFIG_FOLDER / f"{name}.toml").read_text(encoding="utf-8"))
+
+
 def read_config(path: str | Path, settings: list[str] | None = None) -> dict[str, Any]:
     """Read a training configuration and override single values.
 
     Args:
-        path: a TOML file, or the name of one that ships ("small").
+        path: a TOML file, or the name of one that ships ("small", "paper", "released").
         settings: "table.key=value"; the value is TOML (number, true, [list], "text") or a bare word.
 
     Raises:
-        InputError: the file is missing, is not TOML, or a setting does not exist in it.
+        InputError: the file is missing, is not TOML, or a setting does not exist.
     """
     path = Path(path)
-    shipped = CONFIG_FOLDER / f"{path.stem}.toml"
-    if not path.exists() and shipped.exists():
-        path = shipped
+    by_name = CONFIG_FOLDER / f"{path.stem}.toml"
+    if not path.exists() and by_name.exists():
+        path = by_name
     try:
         config = _toml(path.read_text(encoding="utf-8"))
     except OSError as error:
-        names = ", ".join(sorted(p.stem for p in CONFIG_FOLDER.glob("*.toml")))
-        raise InputError(f"--config {path}: {error.strerror}; give a TOML file or one of: {names}") from error
+        raise InputError(
+            f"--config {path}: {error.strerror}; give a TOML file or one of: {', '.join(SHIPPED)}"
+        ) from error
     except ValueError as error:
         raise InputError(f"--config {path}: not a valid TOML file ({error})") from error
+    config = complete(config)
     for setting in settings or []:
-        _override(config, setting, path.name)
-    check_config(config)
+        _override(config, setting)
     return config
 
 
-def _override(config: dict[str, Any], setting: str, name: str) -> None:
+def setting_names(settings: list[str] | None) -> frozenset[str]:
+    """Names of the settings in a list of "name=value"."""
+    return frozenset(setting.partition("=")[0].strip() for setting in settings or [])
+
+
+def _override(config: dict[str, Any], setting: str) -> None:
     key, separator, text = setting.partition("=")
-    *tables, last = key.strip().split(".")
-    table: Any = config
-    for part in tables:
-        table = table.get(part) if isinstance(table, dict) else None
-    if not separator or not isinstance(table, dict) or last not in table:
-        raise InputError(f"--set {setting}: no such setting; write TABLE.KEY=VALUE with a key of {name}")
+    key = key.strip()
+    if not separator or key not in SETTINGS:
+        raise InputError(f"--set {setting}: no such setting; write TABLE.KEY=VALUE, see uae train --help")
+    table, name = key.split(".")
     try:
-        table[last] = _toml(f"value = {text}")["value"]
+        value = _toml(f"value = {text}")["value"]
     except ValueError:
-        table[last] = text.strip()
+        value = text.strip()
+    config[table][name] = value
+    _check_kind(key, value)
 
 
-def check_config(config: dict[str, Any]) -> None:
-    """Check that the tables are there and hold what the shipped configuration holds.
+def _check_kind(key: str, value: Any) -> None:
+    """Refuse a text where a number is meant and the like: the mistake would show up hours later."""
+    table, name = key.split(".")
+    expected = shipped("small")[table][name]
+    numbers = (int, float)
+    fits = isinstance(value, type(expected)) or (
+        isinstance(value, numbers) and isinstance(expected, numbers) and not isinstance(expected, bool)
+    )
+    if not fits or isinstance(value, bool) != isinstance(expected, bool):
+        raise InputError(f"{key} = {value!r}: a {type(expected).__name__} is needed, such as {expected!r}")
+
+
+def complete(config: dict[str, Any]) -> dict[str, Any]:
+    """A configuration with every setting; what it leaves out is taken from small.toml.
 
     Raises:
-        InputError: a table or a key is missing.
+        InputError: a main table is missing, or a setting is unknown or of another kind.
     """
-    reference = _toml((CONFIG_FOLDER / "small.toml").read_text(encoding="utf-8"))
-    for table in TABLES:
-        missing = sorted(set(reference[table]) - set(config.get(table, {})) - {"phantom_seeds", "phantom_weight"})
-        if missing:
-            raise InputError(f"the training configuration lacks {table}.{missing[0]}; start from small.toml")
+    missing = [table for table in REQUIRED if table not in config]
+    if missing:
+        raise InputError(f"the training configuration lacks the table [{missing[0]}]; start from small.toml")
+    result = copy.deepcopy(shipped("small"))
+    for table, values in config.items():
+        if table in TOP:
+            result[table] = values
+            continue
+        if not isinstance(values, dict):
+            raise InputError(f"the training configuration holds the unknown setting {table}; see uae train --help")
+        for name, value in values.items():
+            key = f"{table}.{name}"
+            if key not in SETTINGS:
+                raise InputError(f"the training configuration holds the unknown setting {key}; see uae train --help")
+            _check_kind(key, value)
+            result[table][name] = value
+    return result
+
+
+def explain() -> str:
+    """Every setting with its value in the configurations that ship and its meaning and source, for --help."""
+    configs = {name: shipped(name) for name in SHIPPED}
+    lines = [f"settings (for --set; values of {' | '.join(SHIPPED)}):"]
+    for key, text in SETTINGS.items():
+        table, name = key.split(".")
+        values = [_shown(config[table][name]) for config in configs.values()]
+        value = values[0] if len(set(values)) == 1 else " | ".join(values)
+        lines += [f"  {key} = {value}", f"      {text}"]
+    return "\n".join(lines)
+
+
+def _shown(value: Any) -> str:
+    if isinstance(value, list) and len(value) > 4:
+        return f"{len(value)} entries"
+    return str(value).lower() if isinstance(value, bool) else repr(value)

@@ -1,124 +1,136 @@
-"""Training subjects on the network grid, held in memory."""
+"""Training subjects of a configuration: scans, labelled scans, phantoms, packed volumes."""
 
 from __future__ import annotations
 
 import logging
-from dataclasses import dataclass
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
-from torch import Tensor
 
 from uae.bench.data import HELD_BACK
 from uae.errors import InputError
-from uae.preprocess import AIR_HU, body_mask, network_geometry
+from uae.preprocess import network_geometry
 from uae.progress import Cancel, Progress, check_cancel, report
-from uae.volume import Volume, resample_with_mask
+from uae.training.frames import CanonicalFrame
+from uae.training.labels import (
+    ClassTable,
+    label_map_classes,
+    phantom_classes,
+    totalsegmentator_case,
+    totalsegmentator_cases,
+)
+from uae.training.regions import superpixels
+from uae.training.subjects import Subject, map_labels, subject_from_volume
+from uae.volume import Volume
 
 logger = logging.getLogger(__name__)
 
 
-@dataclass
-class Subject:
-    """One training scan at 2 mm.
-
-    Attributes:
-        name: for the log.
-        modality: "ct" or "mr".
-        image: (1, 1, z, y, x) float32; CT as HU + 1024 (so that zero padding is air), MR as 0..1.
-        mask: (1, 1, z, y, x) float32; 0 outside the scan, 1 inside, 2 inside the patient.
-        partner: a second rendering of the same grid (a phantom's MR as 0..1) or None.
-        body_cells: (M, 3) int z, y, x; every 4th body voxel of a lattice, where views are centred.
-        weight: how often it is drawn, relative to the others of its modality.
-    """
-
-    name: str
-    modality: str
-    image: Tensor
-    mask: Tensor
-    partner: Tensor | None
-    body_cells: np.ndarray
-    weight: float = 1.0
-
-
-def _unit_mr(array: np.ndarray, valid: np.ndarray) -> np.ndarray:
-    low, high = np.percentile(array[valid], (0.2, 99.8))
-    return np.where(valid, np.clip((array - low) / max(float(high - low), 1e-6), 0, 1), 0).astype(np.float32)
-
-
-def subject_from_volume(name: str, volume: Volume, partner: Volume | None = None, weight: float = 1.0) -> Subject:
-    """Resample a scan (and its second rendering on the same anatomy) to 2 mm.
-
-    Args:
-        name: for the log.
-        volume: CT or MR, modality decided.
-        partner: an MR in the same patient millimetres, or None.
-        weight: relative frequency.
+def check_training_file(file: str) -> None:
+    """Refuse scans of the collection that are kept for validation or testing.
 
     Raises:
-        InputError: no patient is found in the scan.
+        InputError: it is one of them.
     """
-    grid = network_geometry(volume.geometry, (1, 1, 1))
-    carried, inside = resample_with_mask(volume, grid, antialias=True)
-    valid = inside.array > 0
-    body = body_mask(carried) & valid
-    if volume.modality == "ct":
-        image = np.clip(carried.array, AIR_HU, 3071.0) - AIR_HU
-    else:
-        image = _unit_mr(carried.array, valid)
-    other = None
-    if partner is not None:
-        second, also = resample_with_mask(partner, grid, antialias=True)
-        other = torch.from_numpy(_unit_mr(second.array, (also.array > 0) & valid))[None, None]
-    cells = np.argwhere(body[::2, ::2, ::2]) * 2
-    if len(cells) == 0:
-        raise InputError(f"{name}: no patient found in the scan; leave it out of the training list")
-    mask = torch.from_numpy(valid.astype(np.float32) + body)[None, None]
-    image_tensor = torch.from_numpy(np.where(valid, image, 0).astype(np.float32))[None, None]
-    return Subject(name, str(volume.modality), image_tensor, mask, other, cells, weight)
+    if any(part.startswith(HELD_BACK) for part in Path(file).parts):
+        raise InputError(f"[data] {file} is kept for validation or testing; take it out of the list")
 
 
 def load_subjects(
-    data: dict[str, Any], root: Path, progress: Progress | None = None, cancel: Cancel | None = None
+    data: Mapping[str, Any],
+    root: Path,
+    progress: Progress | None = None,
+    cancel: Cancel | None = None,
+    table: ClassTable | None = None,
+    contrast: Mapping[str, Any] | None = None,
+    synthetic: Mapping[str, Any] | None = None,
 ) -> list[Subject]:
     """Read every scan and phantom of a training configuration.
 
     Args:
-        data: the `[data]` table: `volumes` (list of tables with file, modality, optional weight) and
-            `phantom_seeds` ([first, last) of training phantoms).
+        data: the `[data]` table: `volumes` (list of tables with file, modality, optional weight, labels, names),
+            `packed` (a file of `uae.training.pack`), `totalsegmentator` (folder), `phantom_seeds` ([first, last)).
         root: folder to which file names are relative.
         progress: called for every scan.
         cancel: asked before every scan.
+        table: takes up the classes of the labels; labels are not read where None.
+        contrast: the table [contrast]; superpixels are made where `regions` is above 0.
+        synthetic: the table [synthetic]; phantoms get their tissues and the canonical frame where it uses them.
 
     Raises:
         InputError: nothing to train on, or a file cannot be read.
     """
-    entries = list(data.get("volumes", []))
+    synthetic = synthetic or {}
+    entries = [] if data.get("packed") else list(data.get("volumes", []))
+    cases = _cases(data, root) if table is not None else []
     first, last = data.get("phantom_seeds", (0, 0))
-    total = max(len(entries) + last - first, 1)
-    subjects = []
-    for index, entry in enumerate(entries):
+    total = max(len(entries) + len(cases) + last - first, 1)
+    subjects: list[Subject] = []
+
+    def step(stage: str) -> None:
         check_cancel(cancel)
-        report(progress, "loading volumes", index / total)
-        if str(entry["file"]).startswith(HELD_BACK):
-            raise InputError(f"[data] {entry['file']} is kept for validation or testing; take it out of the list")
-        volume = Volume.read(root / entry["file"])
-        volume.modality = entry["modality"]
-        subjects.append(subject_from_volume(entry["file"], volume, weight=float(entry.get("weight", 1.0))))
+        report(progress, stage, min(len(subjects) / total, 1.0))
+
+    if data.get("packed"):
+        from uae.training.pack import read_packed
+
+        subjects += read_packed(root / data["packed"])
+    for entry in entries:
+        step("loading volumes")
+        subjects.append(_entry_subject(entry, root, table))
         logger.info("%s: %s voxels at 2 mm", entry["file"], tuple(subjects[-1].image.shape[2:]))
+    for case in cases:
+        step("loading volumes")
+        ct, classes, annotated = totalsegmentator_case(case, table)
+        subjects.append(subject_from_volume(case.name, ct, classes=classes, annotated=annotated))
     for seed in range(first, last):
-        check_cancel(cancel)
-        report(progress, "making phantoms", (len(entries) + seed - first) / total)
-        subjects.append(phantom_subject(seed, float(data.get("phantom_weight", 1.0))))
+        step("making phantoms")
+        weight = float(data.get("phantom_weight", 1.0))
+        shared = bool(synthetic.get("cross_subject", 0))
+        subjects.append(phantom_subject(seed, weight, table, bool(synthetic.get("label_contrast", 0)), shared))
     if not subjects:
         raise InputError("no training volumes; list them under [data] volumes or give phantom_seeds")
+    if contrast is not None and contrast["regions"]:
+        for subject in subjects:
+            step("superpixels")
+            subject.regions = superpixels(subject, contrast["slic_segments"], contrast["slic_compactness"])
     return subjects
 
 
-def phantom_subject(seed: int, weight: float) -> Subject:
+def _cases(data: Mapping[str, Any], root: Path) -> list[Path]:
+    folder = data.get("totalsegmentator", "")
+    if not folder:
+        return []
+    return totalsegmentator_cases(root / folder, str(data.get("totalsegmentator_split", "train")))
+
+
+def _entry_subject(entry: Mapping[str, Any], root: Path, table: ClassTable | None) -> Subject:
+    check_training_file(str(entry["file"]))
+    volume = Volume.read(root / entry["file"])
+    volume.modality = entry["modality"]
+    classes, annotated = None, frozenset()
+    if table is not None and entry.get("labels"):
+        check_training_file(str(entry["labels"]))
+        labels, numbers = label_map_classes(root / entry["labels"], entry.get("names", {}), table)
+        classes, annotated = map_labels(labels, numbers), frozenset(numbers.values())
+    return subject_from_volume(
+        entry["file"], volume, weight=float(entry.get("weight", 1.0)), classes=classes, annotated=annotated
+    )
+
+
+def phantom_subject(
+    seed: int, weight: float, table: ClassTable | None = None, tissues: bool = False, shared: bool = False
+) -> Subject:
     """A training phantom: its CT, and its MR as the partner.
+
+    Args:
+        seed: 0 to 99999.
+        weight: relative frequency.
+        table: takes up the phantom's classes; no classes where None.
+        tissues: keep the structures, from which contrasts are synthesised.
+        shared: keep the map to the canonical body, for pairs of two phantoms.
 
     Raises:
         InputError: the seed is not a training seed.
@@ -128,4 +140,22 @@ def phantom_subject(seed: int, weight: float) -> Subject:
     if not 0 <= seed < 100_000:
         raise InputError(f"phantom seed {seed} is not for training; use 0 to 99999")
     phantom = make_phantom(seed, spacing=2.0)
-    return subject_from_volume(f"phantom-{seed}", phantom.ct, phantom.mr, weight)
+    numbers = {} if table is None else phantom_classes(table)
+    subject = subject_from_volume(
+        f"phantom-{seed}",
+        phantom.ct,
+        phantom.mr,
+        weight,
+        tissues=phantom.labels if tissues else None,
+        classes=map_labels(phantom.labels, numbers) if numbers else None,
+        annotated=frozenset(numbers.values()),
+    )
+    if shared:
+        grid = network_geometry(phantom.ct.geometry, (1, 1, 1))
+        subject.frame = CanonicalFrame(grid, phantom.to_canonical)
+    return subject
+
+
+def class_cells(subject: Subject) -> np.ndarray:
+    """(M, 3) int voxels of labelled cells (every second voxel per axis), where semantic crops are centred."""
+    return np.argwhere(subject.classes[::2, ::2, ::2] > 0) * 2

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-import json
 import logging
 import math
 import time
+from collections.abc import Callable
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -13,24 +14,21 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from uae.errors import InputError, ModelError, ResourceError
-from uae.files import atomic_path
+from uae.errors import InputError, ModelError
 from uae.network import NetworkConfig
 from uae.preprocess import InputMap
 from uae.progress import Cancel, Progress, check_cancel, report
+from uae.training import distributed
+from uae.training.checkpoint import CHECKPOINT, check_settings, read_checkpoint, write_checkpoint
+from uae.training.record import Record
 
 logger = logging.getLogger(__name__)
 
-CHECKPOINT = "checkpoint.pt"
 MAX_SKIPPED = 20
+MODEL, BEST_MODEL = "model.pt", "model-best.pt"
 
-
-def _step_of(line: str) -> float:
-    """Step of a log line; a line that a kill has cut short belongs to no step."""
-    try:
-        return float(json.loads(line)["step"])
-    except (ValueError, KeyError, TypeError):
-        return math.inf
+Validate = Callable[[Path], dict[str, float]]
+"""Measures a model file; `score` (higher is better) decides which one is kept as the best."""
 
 
 class Task(Protocol):
@@ -39,86 +37,109 @@ class Task(Protocol):
     network: nn.Module
     network_config: NetworkConfig
     input_map: InputMap
+    device: torch.device
 
-    def step(self, rng: np.random.Generator) -> tuple[Tensor, dict[str, float]]:
-        """Loss of one step, drawn from `rng` only, and figures for the log."""
+    def prepare(self, rng: np.random.Generator) -> Any:
+        """Everything random of one step, drawn from `rng` only; may run in a thread while the GPU works."""
+
+    def step(self, prepared: Any) -> tuple[Tensor, dict[str, float]]:
+        """Loss of a prepared step, and figures for the log."""
 
 
 class Trainer:
-    """AdamW with warm-up and cosine decay over a number of steps, gradient clipping, EMA weights, exact resume."""
+    """AdamW or SGD with warm-up and cosine or constant rate over a number of steps, EMA weights, exact resume."""
 
-    def __init__(self, task: Task, config: dict[str, Any], output: Path) -> None:
+    def __init__(
+        self,
+        task: Task,
+        config: dict[str, Any],
+        output: Path,
+        branch: str = "appearance",
+        explicit: frozenset[str] = frozenset(),
+        validate: Validate | None = None,
+    ) -> None:
         self.task, self.config, self.output = task, config, output
+        self.branch, self.explicit, self.validate = branch, explicit, validate
         self.settings = config["optimiser"]
         self.network = task.network
-        self.optimiser = torch.optim.AdamW(
-            self.network.parameters(),
-            lr=self.settings["learning_rate"],
-            betas=tuple(self.settings["betas"]),
-            weight_decay=self.settings["weight_decay"],
-        )
+        self.optimiser = _optimiser(self.network, self.settings)
         self.ema = {name: value.detach().clone() for name, value in self.network.state_dict().items()}
         self.done = 0
         self.skipped = 0
         self.active_seconds = 0.0
+        self.best_score = -math.inf
+        self._next: tuple[int, Future] | None = None
 
     def learning_rate(self, step: int) -> float:
-        """Rate at `step`: linear warm-up, then cosine to zero at `steps`."""
+        """Rate at `step`: linear warm-up, then cosine to zero at `steps`, or constant."""
         warm, total, base = self.settings["warmup"], self.settings["steps"], self.settings["learning_rate"]
         if step < warm:
             return base * (step + 1) / warm
+        if self.settings.get("schedule", "cosine") == "constant":
+            return base
         return base * 0.5 * (1 + math.cos(math.pi * min((step - warm) / max(total - warm, 1), 1.0)))
 
     def save(self) -> None:
-        """Write the checkpoint of the current step.
+        """Write the checkpoint of the current step; see `write_checkpoint`."""
+        if distributed.rank() == 0:
+            write_checkpoint(self.output / CHECKPOINT, self._state())
+        distributed.barrier()
 
-        Raises:
-            ResourceError: the disk is full; the last checkpoint stays.
-        """
-        state = {
+    def _state(self) -> dict[str, Any]:
+        return {
             "step": self.done,
             "network": self.network.state_dict(),
             "optimiser": self.optimiser.state_dict(),
             "ema": self.ema,
             "active_seconds": self.active_seconds,
             "network_config": self.task.network_config.to_dict(),
+            "branch": self.branch,
+            "config": self.config,
+            "processes": distributed.world(),
+            "best_score": self.best_score,
+            "skipped": self.skipped,
         }
-        path = self.output / CHECKPOINT
-        with atomic_path(path) as temporary:
-            try:
-                torch.save(state, temporary)
-            except RuntimeError as error:
-                raise ResourceError(f"{path}: the checkpoint could not be written; is the disk full?") from error
 
     def load(self) -> None:
         """Go back to the last checkpoint.
 
         Raises:
-            InputError: there is none.
+            InputError: there is none, or it was started with other settings.
             ModelError: it is damaged or of another architecture.
         """
         path = self.output / CHECKPOINT
-        if not path.exists():
-            raise InputError(f"{path}: no checkpoint to resume from; start without --resume")
-        try:
-            state = torch.load(path, map_location="cpu", weights_only=True)
-        except Exception as error:
-            raise ModelError(f"{path}: damaged checkpoint ({error}); start again in another folder") from error
-        if NetworkConfig.from_dict(state["network_config"]) != self.task.network_config:
-            raise ModelError(f"{path}: checkpoint of another network; use the configuration it was started with")
+        state = read_checkpoint(path, self.task.network_config)
+        if state.get("branch", self.branch) != self.branch:
+            raise InputError(f"{path}: a run of `train {state['branch']}`; resume it with that command")
+        check_settings(path, state.get("config"), self.config, self.explicit)
+        if state.get("processes", distributed.world()) != distributed.world():
+            logger.warning("the run had %d processes and now has %d", state["processes"], distributed.world())
         self.network.load_state_dict(state["network"])
-        self.optimiser.load_state_dict(state["optimiser"])
+        try:
+            self.optimiser.load_state_dict(state["optimiser"])
+        except (ValueError, KeyError) as error:
+            raise ModelError(f"{path}: its optimiser is of another kind ({error}); use the same optimiser.kind"
+                             ) from error  # fmt: skip
         self.ema = {name: value.to(self.ema[name].device) for name, value in state["ema"].items()}
         self.done = int(state["step"])
         self.active_seconds = float(state["active_seconds"])
-        self._trim_log()
+        self.best_score = float(state.get("best_score", -math.inf))
+        self.skipped = int(state.get("skipped", 0))
 
-    def _trim_log(self) -> None:
-        path = self.output / "log.jsonl"
-        if path.exists():
-            lines = [line for line in path.read_text().splitlines() if _step_of(line) <= self.done]
-            with atomic_path(path) as temporary:
-                temporary.write_text("".join(line + "\n" for line in lines))
+    def _rng(self, step: int) -> np.random.Generator:
+        return np.random.default_rng([int(self.settings["seed"]), step])
+
+    def _prepared(self) -> Any:
+        """The current step's random draws; on a GPU those of the next step are begun in a thread."""
+        if self.task.device.type != "cuda":
+            return self.task.prepare(self._rng(self.done))
+        if self._next is not None and self._next[0] == self.done:
+            prepared = self._next[1].result()
+        else:
+            prepared = self.task.prepare(self._rng(self.done))
+        following = self.done + 1
+        self._next = (following, self._pool.submit(self.task.prepare, self._rng(following)))
+        return prepared
 
     def one_step(self) -> dict[str, float]:
         """Train one step; a step whose loss or gradient is not finite is skipped and counted.
@@ -126,27 +147,38 @@ class Trainer:
         Raises:
             ModelError: too many such steps in a row.
         """
-        rng = np.random.default_rng([int(self.settings["seed"]), self.done])
         rate = self.learning_rate(self.done)
         for group in self.optimiser.param_groups:
             group["lr"] = rate
         buffers = {name: value.clone() for name, value in self.network.named_buffers()}
         self.network.train()
+        if self.settings.get("freeze_norm"):
+            _freeze_norm(self.network)
         self.optimiser.zero_grad(set_to_none=True)
-        loss, figures = self.task.step(rng)
+        loss, figures = self.task.step(self._prepared())
         loss.backward()
-        norm = torch.nn.utils.clip_grad_norm_(self.network.parameters(), self.settings["clip"])
+        limit = self.settings["clip"] or math.inf
+        norm = torch.nn.utils.clip_grad_norm_(self.network.parameters(), limit)
+        figures = distributed.average({"loss": float(loss.detach()), **figures})
         self.done += 1
-        if not bool(torch.isfinite(loss)) or not bool(torch.isfinite(norm)):
-            self.skipped += 1
-            for name, value in self.network.named_buffers():
-                value.copy_(buffers[name])
-            logger.warning("step %d: loss or gradient is not finite; skipped", self.done)
-            if self.skipped > MAX_SKIPPED:
-                raise ModelError("training diverged; lower optimiser.learning_rate and resume the last checkpoint")
+        if not math.isfinite(figures["loss"]) or not bool(torch.isfinite(norm)):
+            self._skip(buffers)
             return {"loss": math.nan, "learning_rate": rate}
         self.skipped = 0
         self.optimiser.step()
+        self._follow()
+        return {"loss": figures.pop("loss"), "gradient": float(norm), "learning_rate": rate, **figures}
+
+    def _skip(self, buffers: dict[str, Tensor]) -> None:
+        self.skipped += 1
+        for name, value in self.network.named_buffers():
+            value.copy_(buffers[name])
+        logger.warning("step %d: loss or gradient is not finite; skipped", self.done)
+        if self.skipped > MAX_SKIPPED:
+            raise ModelError("training diverged; lower optimiser.learning_rate and resume the last checkpoint")
+
+    def _follow(self) -> None:
+        """Let the EMA weights follow; with `ema_decay` 0 they are the weights themselves."""
         decay = min(self.settings["ema_decay"], (1 + self.done) / (10 + self.done))
         with torch.no_grad():
             for name, value in self.network.state_dict().items():
@@ -154,20 +186,22 @@ class Trainer:
                     self.ema[name].lerp_(value, 1 - decay)
                 else:
                     self.ema[name].copy_(value)
-        return {"loss": float(loss.detach()), "gradient": float(norm), "learning_rate": rate, **figures}
 
-    def export(self) -> Path:
+    def export(self, name: str = MODEL) -> Path:
         """Write the EMA weights as a model file (fp16) that `--model` takes."""
         from uae.models import save_model
 
+        heads = ["fine", "coarse"] + (["semantic"] if self.task.network_config.semantic else [])
         meta = {
+            "trained_heads": heads,
             "training": {
+                "branch": self.branch,
                 "steps": self.done,
                 "active_minutes": round(self.active_seconds / 60, 1),
-                "config": self.config,
-            }
+                "config": {key: value for key, value in self.config.items() if key != "device"},
+            },
         }
-        path = self.output / "model.pt"
+        path = self.output / name
         save_model(path, self.ema, self.task.network_config, self.task.input_map, {}, meta)
         return path
 
@@ -184,22 +218,82 @@ class Trainer:
             self.load()
         elif (self.output / CHECKPOINT).exists():
             raise InputError(f"{self.output}: holds a checkpoint already; add --resume or choose another --output")
+        distributed.barrier()
+        record = Record(self.output, self.done, enabled=distributed.rank() == 0)
+        self._pool = ThreadPoolExecutor(1)
+        try:
+            self._loop(record, budget_minutes, progress, cancel)
+        finally:
+            self._pool.shutdown(wait=True, cancel_futures=True)
+            record.close()
+        path = self.export() if distributed.rank() == 0 else self.output / MODEL
+        distributed.barrier()
+        return path
+
+    def _loop(
+        self, record: Record, budget_minutes: float | None, progress: Progress | None, cancel: Cancel | None
+    ) -> None:
         total, every = self.settings["steps"], self.settings["checkpoint_every"]
-        start = time.monotonic()
-        before = self.active_seconds
-        with (self.output / "log.jsonl").open("a", encoding="utf-8") as log:
-            while self.done < total:
-                check_cancel(cancel)
-                figures = self.one_step()
-                self.active_seconds = before + time.monotonic() - start
-                line = {"step": self.done, "active_seconds": round(self.active_seconds, 1)}
-                log.write(json.dumps(line | {k: round(v, 5) for k, v in figures.items()}) + "\n")
-                log.flush()
-                report(progress, "training", self.done / total)
-                out_of_time = budget_minutes is not None and time.monotonic() - start > 60 * budget_minutes
-                if self.done % every == 0 or self.done == total or out_of_time:
-                    self.save()
-                if out_of_time:
-                    logger.warning("time budget reached at step %d of %d; --resume goes on", self.done, total)
-                    break
-        return self.export()
+        start, before = time.monotonic(), self.active_seconds
+        budget = math.inf if budget_minutes is None else 60 * budget_minutes
+        report(progress, "training", self.done / total)
+        while self.done < total:
+            check_cancel(cancel)
+            figures = self.one_step()
+            self.active_seconds = before + time.monotonic() - start
+            record.write(self.done, self.active_seconds, figures)
+            report(progress, "training", self.done / total)
+            out_of_time = self._agreed(time.monotonic() - start > budget)
+            if self._due(total):
+                self._validate(record)
+            if self.done % every == 0 or self.done == total or out_of_time:
+                self.save()
+            if out_of_time and self.done < total:
+                logger.warning("time budget reached at step %d of %d; --resume goes on", self.done, total)
+                break
+
+    def _agreed(self, wish: bool) -> bool:
+        """The first process's wish, so that all stop at the same step."""
+        return bool(distributed.from_first(wish))
+
+    def _due(self, total: int) -> bool:
+        every = self.config.get("validation", {}).get("every", 0)
+        return self.validate is not None and every > 0 and (self.done % every == 0 or self.done == total)
+
+    def _validate(self, record: Record) -> None:
+        """Measure the EMA weights and keep the best so far; the figures go beside those of the step."""
+        if distributed.rank() == 0:
+            path = self.export()
+            figures = self.validate(path)
+            record.write(self.done, self.active_seconds, {f"validation/{k}": v for k, v in figures.items()})
+            logger.info("step %d: %s", self.done, figures)
+            if figures.get("score", -math.inf) > self.best_score:
+                self.best_score = figures["score"]
+                self.export(BEST_MODEL)
+        distributed.barrier()
+
+
+def _optimiser(network: nn.Module, settings: dict[str, Any]) -> torch.optim.Optimizer:
+    kind = settings.get("kind", "adamw")
+    if kind == "adamw":
+        return torch.optim.AdamW(
+            network.parameters(),
+            lr=settings["learning_rate"],
+            betas=tuple(settings["betas"]),
+            weight_decay=settings["weight_decay"],
+        )
+    if kind == "sgd":
+        return torch.optim.SGD(
+            network.parameters(),
+            lr=settings["learning_rate"],
+            momentum=settings["momentum"],
+            weight_decay=settings["weight_decay"],
+        )
+    raise InputError(f"optimiser.kind = {kind!r}: unknown; use adamw or sgd")
+
+
+def _freeze_norm(network: nn.Module) -> None:
+    """BatchNorm with its running statistics, which then stay as they are."""
+    for module in network.modules():
+        if isinstance(module, nn.modules.batchnorm._BatchNorm):
+            module.eval()
