@@ -20,8 +20,8 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-import uae
 from uae.errors import InputError, ResourceError
+from uae.paths import ROOT, child_environment
 
 __all__ = ["Runner", "SubprocessRunner", "child_environment", "kill_tree_on_windows", "make_runner", "python_program"]
 
@@ -30,7 +30,6 @@ logger = logging.getLogger(__name__)
 GRACE_S = 3.0
 """Time that a cancelled child has to remove what it has half written, before it is killed."""
 LOG_CHARACTERS = 20_000
-ROOT = str(Path(uae.__file__).resolve().parents[1])
 PROGRAM = (
     "import sys; sys.path.insert(0, sys.argv[1]); from uae.child import run; sys.exit(run(sys.argv[2], sys.argv[3:]))"
 )
@@ -55,17 +54,6 @@ def python_program() -> str:
     if not found:
         raise InputError("PythonSlicer was not found beside the application; repair the installation of 3D Slicer")
     return found
-
-
-def child_environment() -> dict[str, str]:
-    """Variables that a child needs beyond the inherited ones: the running `uae` on its path, and UTF-8."""
-    paths = [ROOT, *filter(None, os.environ.get("PYTHONPATH", "").split(os.pathsep))]
-    return {
-        "PYTHONPATH": os.pathsep.join(dict.fromkeys(paths)),
-        "PYTHONSAFEPATH": "1",  # a folder `uae` where the application was started must not come before it
-        "PYTHONUTF8": "1",
-        "PYTHONUNBUFFERED": "1",
-    }
 
 
 def make_runner() -> Runner:

@@ -5,13 +5,14 @@ from __future__ import annotations
 import argparse
 import json
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from uae.cli import main as uae
+from uae.cli.common import Session
 from uae.files import atomic_path
 from uae.phantom import PhantomPair, phantom_pair, write_sample
 
@@ -39,10 +40,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     arguments = parser.parse_args(argv)
     data, result = arguments.output / "data", arguments.output / "result"
 
-    print("1  a simulated CT and MR of one torso, each with its own field of view and frame of reference")
+    say = Session("none").say
+    say("1  a simulated CT and MR of one torso, each with its own field of view and frame of reference")
     pair = phantom_pair(arguments.seed)
     write_sample(data, arguments.seed, pair)
-    print("\n2  uae register ct mr --deformable")
+    say("\n2  uae register ct mr --deformable")
     command = ["register", str(data / "ct.nii.gz"), str(data / "mr.nii.gz"), "--output", str(result), "--deformable"]
     command += ["--fixed-modality", "ct", "--moving-modality", "mr", "--device", arguments.device]
     code = uae(command + (["--model", arguments.model] if arguments.model else []))
@@ -51,7 +53,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     summary = measure(pair, result)
     with atomic_path(arguments.output / "summary.json") as temporary:
         temporary.write_text(json.dumps(summary, indent=2) + "\n", encoding="utf-8")
-    _say(summary, arguments.output, data, result)
+    _tell(say, summary, arguments.output, data, result)
     return 0
 
 
@@ -99,24 +101,24 @@ def body_points(pair: PhantomPair) -> np.ndarray:
     return pair.moving_labels.geometry.index_to_mm(chosen[:, ::-1].astype(np.float64))
 
 
-def _say(summary: dict[str, Any], output: Path, data: Path, result: Path) -> None:
+def _tell(say: Callable[[str], None], summary: dict[str, Any], output: Path, data: Path, result: Path) -> None:
     rows = (
         ("landmarks before", summary["initial_landmark_mm"], f"{summary['landmarks']} named places in both scans"),
         ("landmarks, rigid", summary["rigid_landmark_mm"], ""),
         ("whole body, rigid", summary["rigid_tre_mm"], f"the best possible rigid: {summary['best_rigid_tre_mm']:.2f}"),
         ("whole body, deformable", summary["deformable_tre_mm"], ""),
     )
-    print(f"\n3  errors against the known truth, millimetres ({summary['status']})\n")
+    say(f"\n3  errors against the known truth, millimetres ({summary['status']})\n")
     for name, value, note in rows:
-        print(f"   {name:<24} {value:8.2f}   {note}".rstrip())
-    print(f"\n   {summary['seconds']:.0f} s on {summary['device']}, model {summary['model']}")
-    print(f"\npicture   {result / 'overview.png'}\nsummary   {output / 'summary.json'}\ntransforms {result}/")
-    print("\nYour own files (NIfTI, NRRD, MHA or a DICOM folder):\n")
-    print("   source .venv/bin/activate")
-    print("   uae register planning_ct.nii.gz mr.nii.gz --output result")
-    print("   uae match ct.nii.gz mr.nii.gz --points landmarks.mrk.json --output found.mrk.json")
-    print(f"   uae apply {result} {data}/landmarks_mr.csv --output on_the_ct.csv")
-    print("   uae --help")
+        say(f"   {name:<24} {value:8.2f}   {note}".rstrip())
+    say(f"\n   {summary['seconds']:.0f} s on {summary['device']}, model {summary['model']}")
+    say(f"\npicture   {result / 'overview.png'}\nsummary   {output / 'summary.json'}\ntransforms {result}/")
+    say("\nYour own files (NIfTI, NRRD, MHA or a DICOM folder):\n")
+    say("   source .venv/bin/activate")
+    say("   uae register planning_ct.nii.gz mr.nii.gz --output result")
+    say("   uae match ct.nii.gz mr.nii.gz --points landmarks.mrk.json --output found.mrk.json")
+    say(f"   uae apply {result} {data}/landmarks_mr.csv --output on_the_ct.csv")
+    say("   uae --help")
 
 
 if __name__ == "__main__":

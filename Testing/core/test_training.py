@@ -15,10 +15,9 @@ import numpy as np
 import pytest
 import torch
 from scipy.ndimage import map_coordinates
-from training_parts import tissue_block
+from training_parts import NARROW, tissue_block
 
 from uae.errors import CancelledError, InputError, ModelError
-from uae.geometry import Geometry
 from uae.network import NetworkConfig, UAENet
 from uae.preprocess import InputMap
 from uae.training import appearance, augment, features, loop, losses, sampling
@@ -33,13 +32,7 @@ SMALL_VIEWS = {"views.patch": "[16, 32, 32]", "views.positions": "16", "views.ne
 @pytest.fixture(scope="module")
 def scan() -> Volume:
     """A block of smooth tissue in air, 2 mm, HU."""
-    rng = np.random.default_rng(3)
-    coarse = rng.normal(0, 120, (8, 10, 10))
-    index = np.stack(np.meshgrid(*[np.linspace(0, n - 1, m) for n, m in zip((8, 10, 10), (40, 56, 60))], indexing="ij"))
-    array = map_coordinates(coarse, index, order=3) + 40
-    array[:, :6], array[:, -6:], array[:, :, :6], array[:, :, -6:] = -1000, -1000, -1000, -1000
-    geometry = Geometry((40, 56, 60), np.full(3, 2.0), np.array([-50.0, 10.0, 300.0]), np.eye(3))
-    return Volume(array.astype(np.float32), geometry, "ct")
+    return tissue_block()
 
 
 @pytest.fixture(scope="module")
@@ -54,17 +47,8 @@ class SmallTask(appearance.AppearanceTask):
 
     def __init__(self, config: dict, subjects: list) -> None:
         torch.manual_seed(0)
-        shapes = NetworkConfig(
-            stem="space_to_depth",
-            channels=(4, 4, 8, 8),
-            strides=((1, 1, 1), (2, 2, 2), (2, 2, 2), (2, 2, 2)),
-            z_kernels=(3, 3, 3, 3),
-            pool_z=False,
-            planar_stages=2,
-            head_channels=8,
-        )
         self.device = torch.device("cpu")
-        self.set_up(config, shapes, InputMap(), subjects)
+        self.set_up(config, NARROW, InputMap(), subjects)
 
 
 @pytest.fixture(scope="module")

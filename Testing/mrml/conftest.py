@@ -36,6 +36,16 @@ def scene(headless: Any) -> Any:
     return headless.scene
 
 
+@pytest.fixture(scope="module")
+def client(tiny_model: Path) -> Iterator[Any]:
+    """One worker for all tests of a file, as for all scenes of one session of the application."""
+    from landmark_cases import tiny_client
+
+    made = tiny_client(tiny_model)
+    yield made
+    made.close()
+
+
 @pytest.fixture(scope="session")
 def gl(skip_or_fail: Callable[[str, str], None]) -> None:
     """Skips (or fails, see UAE_REQUIRE) where nothing can be rendered."""

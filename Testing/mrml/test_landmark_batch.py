@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import csv
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -23,7 +22,6 @@ from landmark_cases import (
     labels_of,
     linear_parent,
     rigid,
-    tiny_client,
     world_of,
 )
 
@@ -35,14 +33,6 @@ from UAELandmarkLib.batch import COLUMNS
 from UAELandmarkLib.logic import UAELandmarkLogic
 
 TIMEOUT_S = 300.0
-
-
-@pytest.fixture(scope="module")
-def client(tiny_model: Path) -> Iterator[WorkerClient]:
-    """One worker for all tests of this file, as for all scenes of one session of the application."""
-    client = tiny_client(tiny_model)
-    yield client
-    client.close()
 
 
 @pytest.fixture

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Iterator
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -23,7 +22,6 @@ from landmark_cases import (
     labels_of,
     linear_parent,
     rigid,
-    tiny_client,
     world_of,
 )
 
@@ -32,14 +30,6 @@ from UAECommonLib.worker_client import WorkerClient
 from UAELandmarkLib.logic import UAELandmarkLogic
 
 TIMEOUT_S = 240.0
-
-
-@pytest.fixture(scope="module")
-def client(tiny_model: Path) -> Iterator[WorkerClient]:
-    """One worker for all tests of this file, as for all scenes of one session of the application."""
-    client = tiny_client(tiny_model)
-    yield client
-    client.close()
 
 
 @pytest.fixture

@@ -78,6 +78,7 @@ def test_a_child_that_ignores_the_request_to_stop_is_killed(monkeypatch, tmp_pat
     monkeypatch.setattr("UAECommonLib.process.GRACE_S", 0.2)
     stubborn = "signal.signal(signal.SIGTERM, signal.SIG_IGN)\nprint('{\"on\": 1}', flush=True)\ntime.sleep(60)"
     (tmp_path / "uae").mkdir()
+    (tmp_path / "uae" / "__init__.py").touch()
     (tmp_path / "uae" / "child.py").write_text(f"import signal, time\n{stubborn}")
     monkeypatch.setattr("UAECommonLib.process.ROOT", str(tmp_path))
     runner, lines = SubprocessRunner(), []

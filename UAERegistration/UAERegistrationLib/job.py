@@ -102,9 +102,11 @@ def write_job(fixed: Any, moving: Any, options: RegistrationOptions) -> Job:
     """Write both scans (and the region) in the world frame to a temporary folder.
 
     Raises:
+        InputError: a modality is left to be decided, and is doubtful.
         UnsuitableNodeError: a scan or the region cannot be written.
         ResourceError: the disk is full, or there is no temporary folder.
     """
+    modalities = (settle_modality(fixed, options.fixedModality), settle_modality(moving, options.movingModality))
     top = result_nodes.top_of(moving)
     folder = temporary_directory(FOLDER_PREFIX)
     try:
@@ -113,11 +115,7 @@ def write_job(fixed: Any, moving: Any, options: RegistrationOptions) -> Job:
         write_volume(moving, place / "moving.nrrd", top)
         arguments = ["register", str(place / "fixed.nrrd"), str(place / "moving.nrrd")]
         arguments += ["--output", str(place / "result"), "--progress", "json", *PRESETS[options.preset]]
-        for option, node, chosen in (
-            ("--fixed-modality", fixed, options.fixedModality),
-            ("--moving-modality", moving, options.movingModality),
-        ):
-            arguments += [option, settle_modality(node, chosen)]
+        arguments += ["--fixed-modality", modalities[0], "--moving-modality", modalities[1]]
         roi_print = ""
         if options.roi is not None:
             write_roi_mask(options.roi, place / "roi.nrrd")

@@ -20,7 +20,7 @@ from uae.errors import CancelledError, InputError, UAEError
 from UAECommonLib import result_nodes
 from UAECommonLib.compare_views import checkerboard
 from UAECommonLib.errors import SceneChangedError, UnsuitableNodeError
-from UAECommonLib.modality import guess_modality, settle_modality
+from UAECommonLib.modality import guess_modality
 from UAECommonLib.mrml import array_of, fingerprint, ijk_to_world_lps, parent_chain, same_fingerprint
 from UAECommonLib.process import Runner, make_runner
 from UAECommonLib.worker_client import error_of
@@ -245,8 +245,6 @@ class UAERegistrationLogic:
         ):
             if value not in allowed:
                 raise InputError(f"unknown {name} {value!r}; use {', '.join(allowed)}")
-        settle_modality(fixed, options.fixedModality)
-        settle_modality(moving, options.movingModality)
 
     def _run(self) -> None:
         job = self._job

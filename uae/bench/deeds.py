@@ -28,6 +28,7 @@ from uae.deeds.presets import PRESETS
 from uae.device import cpu_name
 from uae.errors import InputError, ResourceError
 from uae.json_values import plain
+from uae.paths import child_environment
 from uae.progress import Cancel, Progress, check_cancel, report
 from uae.quality import jacobian_statistics
 from uae.transform import DisplacementField
@@ -217,9 +218,7 @@ def _run_ours(
     if pair is not None:
         task["field"] = str(folder / "field.npy")
     Path(names["job"]).write_text(json.dumps(task), encoding="utf-8")
-    root = str(Path(__file__).resolve().parents[2])
-    environment = {"PYTHONPATH": os.pathsep.join([root, *filter(None, [os.environ.get("PYTHONPATH")])]),
-                   "OMP_NUM_THREADS": str(threads)}  # fmt: skip
+    environment = {**child_environment(), "OMP_NUM_THREADS": str(threads)}
     command = [sys.executable, "-m", "uae.bench.deeds_child", names["job"]]
     _, seconds, peak = _timed(command, environment, f"preset {job['preset']}")
     run = json.loads(Path(names["figures"]).read_text(encoding="utf-8"))

@@ -17,6 +17,7 @@ import numpy as np
 
 from uae.errors import InputError, ResourceError
 from uae.json_values import plain
+from uae.paths import child_environment
 from uae.progress import Progress, report
 
 __all__ = ["PhantomTorsos", "measure", "run_match_bench", "torso_pair"]
@@ -73,13 +74,11 @@ class _Child:
     """A worker, asked one thing at a time."""
 
     def __init__(self, options: Sequence[str]) -> None:
-        root = Path(__file__).resolve().parents[2]
-        paths = [str(root), *filter(None, [os.environ.get("PYTHONPATH")])]
         self._process = subprocess.Popen(
             [sys.executable, "-m", "uae", "worker", *options],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
-            env={**os.environ, "PYTHONPATH": os.pathsep.join(paths)},
+            env={**os.environ, **child_environment()},
         )
         self._number = 0
 

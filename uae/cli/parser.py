@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import argparse
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import NoReturn
 
 from uae import __version__
@@ -20,7 +20,17 @@ exit codes:
 
 
 class Parser(argparse.ArgumentParser):
-    """An argparse parser whose mistakes are InputError, so that they end like every other bad input."""
+    """An argparse parser whose mistakes are InputError, so that they end like every other bad input.
+
+    Attributes:
+        more: makes the end of the help, called only where the help is shown.
+    """
+
+    more: Callable[[], str] | None = None
+
+    def format_help(self) -> str:
+        """The help, with `more` at its end."""
+        return super().format_help() + (f"\n{self.more()}" if self.more is not None else "")
 
     def error(self, message: str) -> NoReturn:
         """Raise InputError with argparse's message and the way to the help."""

@@ -25,8 +25,6 @@ BENCH_EXAMPLE = """\
 
 def add_commands(commands: argparse._SubParsersAction) -> None:
     """Add `train` and `bench`."""
-    from uae.training.config import explain
-
     train = add_command(
         commands,
         "train",
@@ -35,7 +33,7 @@ def add_commands(commands: argparse._SubParsersAction) -> None:
         TRAIN_EXAMPLE,
     )
     train.set_defaults(run=run_train)
-    train.epilog += "\n" + explain()
+    train.more = _settings
     train.add_argument(
         "branch",
         choices=("appearance", "semantic", "crossmodal"),
@@ -78,6 +76,12 @@ def add_commands(commands: argparse._SubParsersAction) -> None:
     solver.add_argument("--repeats", type=int, default=3, metavar="N", help="runs of each; the median time counts")
     solver.add_argument("--scaling", action="store_true", help="also time synthetic pairs up to a whole torso")
     solver.add_argument("--report", metavar="DIR", help="also write deeds.md and its picture there")
+
+
+def _settings() -> str:
+    from uae.training.config import explain
+
+    return explain()
 
 
 def run_train(arguments: argparse.Namespace, session: Session) -> int:

@@ -35,6 +35,9 @@ def warm_up() -> None:
     _ = result.inverse
 
 
+_one_at_a_time = threading.Lock()
+
+
 def usable_backend(name: str) -> str:
     """`resolve_backend`, and numpy where the choice is free and the kernels turn out not to compile.
 
@@ -43,7 +46,8 @@ def usable_backend(name: str) -> str:
     """
     if name == "auto" or name.startswith("torch"):
         try:
-            warm_up()
+            with _one_at_a_time:
+                warm_up()
         except Exception as error:
             give_up_numba(error)
     return resolve_backend(name)
@@ -54,7 +58,8 @@ def warm_up_in_background() -> threading.Thread:
 
     def run() -> None:
         try:
-            warm_up()
+            with _one_at_a_time:
+                warm_up()
         except Exception:
             logger.debug("the DEEDS kernels could not be compiled in advance", exc_info=True)
 
