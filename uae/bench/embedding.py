@@ -62,6 +62,19 @@ def case_seed(subject: str, index: int) -> int:
     return 1000 * (VALIDATION_CTS.index(subject) + 1) + index
 
 
+def case_points(pair: SimulatedPair, count: int) -> tuple[np.ndarray, np.ndarray]:
+    """Random body points of a simulated scan whose true place lies inside the CT, and those places: (N, 3) mm each.
+
+    Args:
+        pair: whose seed decides the points.
+        count: N, or all where there are fewer.
+    """
+    inside = np.flatnonzero(pair.fixed.geometry.contains(pair.fixed_body_points))
+    rng = np.random.default_rng([pair.meta["seed"], 1])
+    chosen = rng.choice(inside, min(count, len(inside)), replace=False)
+    return pair.moving_body_points[chosen], pair.fixed_body_points[chosen]
+
+
 def match_record(match: Match, method: str, truth: np.ndarray | None) -> dict[str, Any]:
     """What summary and calibration need of one match.
 
@@ -79,21 +92,29 @@ def match_record(match: Match, method: str, truth: np.ndarray | None) -> dict[st
     return rounded | {"eligible": match.confident, "method": method}
 
 
-def match_records(
-    template: Embedding, query: Embedding, points: np.ndarray, truth: np.ndarray | None, method: str,
-    prior: Transform | None = None, verdict: str | None = None, pair_score: float | None = None,
-    cancel: Cancel | None = None,
-) -> list[dict[str, Any]]:
-    """Match points (N, 3) mm and record them with their errors against truth (N, 3) mm (or None).
+def any_matches(
+    template: Embedding, query: Embedding, points: np.ndarray, method: str, prior: Transform | None = None,
+    verdict: str | None = None, pair_score: float | None = None, side: int = 5, cancel: Cancel | None = None,
+) -> list[Match]:
+    """Match points (N, 3) mm under limits that every match passes.
 
-    They are matched as under `verdict`; what they lack to be confident is recorded as if the pair were accepted, since
+    They are matched as under `verdict`; what they lack to be confident is told as if the pair were accepted, since
     other limits may give it another verdict.
     """
     limits = ANY_MATCH if pair_score is None else {**ANY_MATCH, "pair_score": pair_score}
-    found = match_points(
-        template, query, points, method=method, prior=prior, prior_verdict=None if prior is None else ACCEPTED,
-        prior_most=np.inf if verdict == ACCEPTED else PRIOR_MOST, limits=limits, cancel=cancel,
+    return match_points(
+        template, query, points, method=method, side=side, prior=prior, limits=limits, cancel=cancel,
+        prior_verdict=None if prior is None else ACCEPTED, prior_most=np.inf if verdict == ACCEPTED else PRIOR_MOST,
     )  # fmt: skip
+
+
+def match_records(
+    template: Embedding, query: Embedding, points: np.ndarray, truth: np.ndarray | None, method: str,
+    prior: Transform | None = None, verdict: str | None = None, pair_score: float | None = None,
+    side: int = 5, cancel: Cancel | None = None,
+) -> list[dict[str, Any]]:
+    """`any_matches` recorded with their errors against truth (N, 3) mm (or None)."""
+    found = any_matches(template, query, points, method, prior, verdict, pair_score, side, cancel)
     places = [None] * len(found) if truth is None else truth
     return [match_record(match, method, place) for match, place in zip(found, places, strict=True)]
 
@@ -131,10 +152,7 @@ def run_case(
 
     moving = embed(pair.moving, model, device=options.device, cache=False, cancel=cancel)
     lap("embed")
-    inside = np.flatnonzero(pair.fixed.geometry.contains(pair.fixed_body_points))
-    rng = np.random.default_rng([pair.meta["seed"], 1])
-    chosen = rng.choice(inside, min(options.nearest_points, len(inside)), replace=False)
-    points, truth = pair.moving_body_points[chosen], pair.fixed_body_points[chosen]
+    points, truth = case_points(pair, options.nearest_points)
     places, _ = nearest(moving, fixed, points)
     errors = np.linalg.norm(places - truth, axis=1)
     lap("nearest")
@@ -162,7 +180,7 @@ def run_case(
         # Whatever the verdict: which of the two the product gives is decided when verdicts are judged (`auto_matches`).
         guided = match_records(
             relation.moving, relation.fixed, few, few_truth, "guided", found.transform.inverse(), found.verdict,
-            pair_score_of(model, "guided"), cancel,
+            pair_score_of(model, "guided"), cancel=cancel,
         )
     lap("guided")
     return plain({
@@ -195,16 +213,28 @@ def report_of(
     return {**result, "meta": dict(meta), "cases": list(cases)}
 
 
-def _earlier_cases(path: Path | None, meta: Mapping[str, Any]) -> list[dict[str, Any]]:
-    """Cases that an interrupted run of the same model and options has left in the file."""
+def read_result(path: Path | None) -> dict[str, Any]:
+    """What an earlier run has left in the file; empty where there is none.
+
+    Raises:
+        InputError: the file is no result of a benchmark.
+    """
     if path is None or not path.is_file():
-        return []
+        return {}
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
     except ValueError as error:
         raise InputError(f"{path}: not a JSON file ({error}); choose another --json") from error
+    if not isinstance(content, dict):
+        raise InputError(f"{path}: not a result of a benchmark; choose another --json")
+    return content
+
+
+def _earlier_cases(path: Path | None, meta: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """Cases that an interrupted run of the same model and options has left in the file."""
+    content = read_result(path)
     same = content.get("meta", {})
-    if any(same.get(key) != meta[key] for key in ("model_sha256", "options", "thresholds")):
+    if content and any(same.get(key) != meta[key] for key in ("model_sha256", "options", "thresholds")):
         logger.info("%s comes from another model or other options and is measured again", path)
         return []
     return list(content.get("cases", []))
@@ -219,6 +249,7 @@ def run_embedding_bench(
     json_path: str | Path | None = None,
     options: BenchOptions | None = None,
     subjects: Sequence[str] = VALIDATION_CTS,
+    keep: Mapping[str, Any] | None = None,
     progress: Progress | None = None,
     cancel: Cancel | None = None,
 ) -> dict[str, Any]:
@@ -233,6 +264,7 @@ def run_embedding_bench(
         json_path: written after every case; a run of the same model and options continues there.
         options: points a case, device, refinement.
         subjects: validation CTs.
+        keep: further keys of the result, of the other studies (`uae.bench.suite`).
         progress: told the share of cases done, stage "bench".
         cancel: asked between and within cases.
 
@@ -284,8 +316,8 @@ def run_embedding_bench(
             case["registration"]["verdict"],
         )
         if path is not None:
-            write_json(path, report_of(cases, meta, model.thresholds))
-    result = report_of(cases, meta, model.thresholds)
+            write_json(path, {**report_of(cases, meta, model.thresholds), **(keep or {})})
+    result = {**report_of(cases, meta, model.thresholds), **(keep or {})}
     if path is not None:
         write_json(path, result)
     report(progress, "bench", 1.0)

@@ -125,7 +125,7 @@ def run_negatives(
             # Whatever the verdict: other limits may let the pair pass.
             guided = match_records(
                 relation.moving, relation.fixed, points, None, "guided", found.transform.inverse(), found.verdict,
-                pair_score_of(model, "guided"), cancel,
+                pair_score_of(model, "guided"), cancel=cancel,
             )
         records.append(plain({
             "name": pair.name, "kind": pair.kind, "fixed_point": free, "guided": guided,

@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 
 from uae.bench.data import VALIDATION_CTS, find_data
-from uae.bench.embedding import case_seed
+from uae.bench.embedding import case_points, case_seed
 from uae.bench.metrics import RIGID_SUCCESS_MM, transform_tre
 from uae.embedding import embed
 from uae.matching import nearest
@@ -54,11 +54,9 @@ def quick_validation(
             for index in range(cases):
                 pair = simulate_mr(ct, case_seed(subject, index), name, body)
                 moving = embed(pair.moving, model, device=device, cache=False)
-                inside = np.flatnonzero(pair.fixed.geometry.contains(pair.fixed_body_points))
-                rng = np.random.default_rng([pair.meta["seed"], 1])
-                chosen = rng.choice(inside, min(POINTS, len(inside)), replace=False)
-                places, _ = nearest(moving, fixed, pair.moving_body_points[chosen])
-                errors = np.linalg.norm(places - pair.fixed_body_points[chosen], axis=1)
+                points, truth = case_points(pair, POINTS)
+                places, _ = nearest(moving, fixed, points)
+                errors = np.linalg.norm(places - truth, axis=1)
                 found = estimate(fixed, moving).transform
                 tre = transform_tre(found, pair.moving_body_points, pair.fixed_body_points)
                 right = tre is not None and tre <= pair.rigid_floor_mm + RIGID_SUCCESS_MM

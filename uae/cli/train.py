@@ -19,6 +19,7 @@ TRAIN_EXAMPLE = """\
   torchrun --nproc-per-node 4 -m uae.training appearance --config paper --output runs/paper"""
 BENCH_EXAMPLE = """\
   UAE_DATA=/data/uae uae bench embedding --quick --json build/bench/embedding.json
+  UAE_DATA=/data/uae uae bench embedding --only sides --sides 0,3,5,7 --json build/bench/sides.json
   uae bench match --json build/bench/match.json
   UAE_DATA=/data/uae uae bench deeds --json build/bench/deeds.json"""
 
@@ -56,7 +57,8 @@ def add_commands(commands: argparse._SubParsersAction) -> None:
         commands,
         "bench",
         "Measure on data with known truth and write the figures as JSON. embedding: accuracy on real volumes, found "
-        "through UAE_DATA or --data; test subjects are only reported where --report-test asks for it. match: seconds "
+        "through UAE_DATA or --data, and on phantoms of other people; test subjects are only reported where "
+        "--report-test asks for it; a reliability picture is written beside the JSON. match: seconds "
         "from a click to its answers, through the worker, on a phantom pair of whole torsos. deeds: accuracy, time and "
         "memory of the deformable solver on pairs with known deformations.",
         BENCH_EXAMPLE,
@@ -69,6 +71,22 @@ def add_commands(commands: argparse._SubParsersAction) -> None:
     bench.add_argument("--data", metavar="DIR", help="the volumes (default: UAE_DATA)")
     bench.add_argument("--json", "--output", dest="json", required=True, metavar="FILE", help="where the figures go")
     add_model_options(bench)
+    embedding = bench.add_argument_group("embedding only")
+    embedding.add_argument(
+        "--only",
+        type=_names,
+        default=[],
+        metavar="A,B",
+        help="only these studies: simulated, inter_subject, real_inter_subject, sides, and with --report-test organs, "
+        "real_mr (default: the first three, sides where --sides is given, all where --report-test is)",
+    )
+    embedding.add_argument(
+        "--sides",
+        type=_sides,
+        metavar="L,L",
+        help="edges of the seed cube in cells for matching between subjects, 0 for the nearest neighbour; compares them "
+        "on the simulated sets as well (default of the studies: 0,3,5,7, as in the papers)",
+    )
     solver = bench.add_argument_group("deeds only")
     solver.add_argument("--deedsbcv", metavar="DIR", help="also run the original: the folder of a built deedsBCV")
     solver.add_argument("--pairs", type=_names, default=[], metavar="A,B", help="only these pairs")
@@ -126,12 +144,12 @@ def _validation(arguments: argparse.Namespace, config: dict[str, Any]) -> Callab
 def run_bench(arguments: argparse.Namespace, session: Session) -> int:
     """Run one benchmark."""
     output = check_writable(arguments.json, suffixes=(".json",))
-    if arguments.report_test:
+    if arguments.name != "embedding" and arguments.report_test:
         raise InputError(f"`bench {arguments.name}` has no test subjects to report; leave out --report-test")
     run = {"match": _bench_match, "deeds": _bench_deeds}.get(arguments.name, _bench_embedding)
     result = run(arguments, session, output)
     for name, figures in result.items():
-        if name in ("meta", "cases", "pairs"):
+        if name in ("meta", "cases", "pairs", "reliability"):
             continue
         if not isinstance(figures, dict):
             _say_figures(session, {name: figures}, "")
@@ -144,6 +162,8 @@ def run_bench(arguments: argparse.Namespace, session: Session) -> int:
 
 def _say_figures(session: Session, figures: dict[str, Any], indent: str) -> None:
     for key, value in figures.items():
+        if key == "meta":
+            continue
         if isinstance(value, dict):
             session.say(f"{indent}{key}")
             _say_figures(session, value, indent + "  ")
@@ -163,6 +183,13 @@ def _bench_match(arguments: argparse.Namespace, session: Session, output: Path) 
 
 def _names(text: str) -> list[str]:
     return [name for name in text.split(",") if name]
+
+
+def _sides(text: str) -> list[int]:
+    try:
+        return [int(side) for side in _names(text)]
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"{text!r} is no list of whole numbers; write 0,3,5,7") from None
 
 
 def _bench_deeds(arguments: argparse.Namespace, session: Session, output: Path) -> dict[str, Any]:
@@ -190,15 +217,22 @@ def _bench_deeds(arguments: argparse.Namespace, session: Session, output: Path) 
 
 def _bench_embedding(arguments: argparse.Namespace, session: Session, output: Path) -> dict[str, Any]:
     from uae.bench.data import find_data
-    from uae.bench.embedding import FIXED_POINTS, BenchOptions, run_embedding_bench
+    from uae.bench.embedding import FIXED_POINTS, BenchOptions
+    from uae.bench.study import SIDES, check_sides
+    from uae.bench.suite import choose_studies, run_suite
     from uae.models import load_model
 
-    find_data(arguments.data)  # before the model is loaded: this is what is missing most often
+    studies = choose_studies(arguments.only, arguments.sides is not None, arguments.report_test)
+    sides = check_sides(SIDES if arguments.sides is None else arguments.sides)
+    if studies != ("inter_subject",):
+        find_data(arguments.data)  # before the model is loaded: this is what is missing most often
     points = FIXED_POINTS // 3 if arguments.quick else FIXED_POINTS
-    return run_embedding_bench(
+    return run_suite(
         load_model(arguments.model or "uae-m"),
+        studies,
         data_dir=arguments.data,
         quick=arguments.quick,
+        sides=sides,
         json_path=output,
         options=BenchOptions(fixed_points=points, device=arguments.device),
         progress=session.progress,
