@@ -84,7 +84,7 @@ def add_commands(commands: argparse._SubParsersAction) -> None:
         "--sides",
         type=_sides,
         metavar="L,L",
-        help="edges of the seed cube in cells for matching between subjects, 0 for the nearest neighbour; compares them "
+        help="edges of the seed cube in cells for matching between subjects, 0: nearest neighbour; compares them "
         "on the simulated sets as well (default of the studies: 0,3,5,7, as in the papers)",
     )
     solver = bench.add_argument_group("deeds only")
