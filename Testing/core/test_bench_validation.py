@@ -370,11 +370,12 @@ def test_study_resumes_and_measures_again_under_other_settings():
     assert [len(s["cases"]) for s in saved] == [1, 2] and saved[-1]["sum"] == 1
     found = run_study(counting_study(measured), setup(), saved[-1], saved.append, lambda *step: told.append(step))
     assert measured == ["0", "1", "2", "3"] and found["sum"] == 6
-    assert told[-1] == ("counting", 1.0) and told[0] == ("counting", 0.5)
+    assert told[-1] == ("counting", 1.0) and told[0] == ("counting", 0.0)
     again = run_study(counting_study(measured, settings=1), setup(), found)
     assert len(measured) == 8 and again["sum"] == 6
-    assert run_study(counting_study(measured, size=2), setup(), found)["sum"] == 1
-    assert len(measured) == 8
+    smaller = run_study(counting_study(measured, size=2), setup(), found)
+    assert len(measured) == 8 and smaller["sum"] == 6  # a smaller run throws nothing away
+    assert [r["case"] for r in smaller["cases"]] == ["0", "1", "2", "3"]
 
 
 def test_suite_keeps_what_other_runs_have_measured(monkeypatch, tmp_path):

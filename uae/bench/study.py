@@ -40,6 +40,11 @@ def method_name(side: int) -> str:
     return "nearest" if side == 0 else f"fixed_point_{side}"
 
 
+def match_kind(side: int) -> str:
+    """Name of the method whose calibrated limits hold for a side."""
+    return "nearest" if side == 0 else "fixed-point"
+
+
 def check_sides(sides: Sequence[int]) -> tuple[int, ...]:
     """The sides, each once.
 
@@ -116,11 +121,6 @@ class Setup:
         }
 
 
-def match_kind(side: int) -> str:
-    """Name of the method whose calibrated limits hold for a side."""
-    return "nearest" if side == 0 else "fixed-point"
-
-
 @dataclass(frozen=True)
 class Study:
     """One kind of measurement.
@@ -154,7 +154,7 @@ def run_study(
     Args:
         study: what is measured.
         setup: the model and how much is measured.
-        earlier: result of an interrupted or a smaller run; its records count where model and settings are the same.
+        earlier: result of another run; its records count, all of them, where model and settings are the same.
         save: called with the result so far after every case.
         progress: told the share of cases done, stage: the study's name.
 
@@ -166,24 +166,24 @@ def run_study(
         CancelledError: the user stopped; what was saved stays.
     """
     meta = plain({"model_sha256": setup.model.sha256, **study.settings(setup)})
-    known = {}
+    known: dict[str, dict[str, Any]] = {}
     if earlier and earlier.get("meta") == meta:
         known = {record["case"]: record for record in earlier.get("cases", [])}
     wanted = study.cases(setup)
-    records: list[dict[str, Any]] = [known[name] for name in wanted if name in known]
 
     def result() -> dict[str, Any]:
-        ordered = sorted(records, key=lambda record: wanted.index(record["case"]))
-        figures = study.summarise(ordered, setup.model.thresholds) if ordered else {}
-        return plain({**figures, "meta": meta, "cases": ordered})
+        order = [*wanted, *(name for name in known if name not in wanted)]
+        records = [known[name] for name in order if name in known]
+        figures = study.summarise(records, setup.model.thresholds) if records else {}
+        return plain({**figures, "meta": meta, "cases": records})
 
-    for name in wanted:
-        report(progress, study.name, len(records) / len(wanted))
+    for count, name in enumerate(wanted):
+        report(progress, study.name, count / len(wanted))
         check_cancel(setup.cancel)
         if name in known:
             continue
-        records.append(plain({"case": name, **study.measure(setup, name)}))
-        logger.info("%s: %s (%d of %d)", study.name, name, len(records), len(wanted))
+        known[name] = plain({"case": name, **study.measure(setup, name)})
+        logger.info("%s: %s (%d of %d)", study.name, name, count + 1, len(wanted))
         if save is not None:
             save(result())
     report(progress, study.name, 1.0)
