@@ -96,7 +96,8 @@ def measure_real_mr(setup: Setup, name: str) -> dict[str, Any]:
 
     Returns:
         {"pair", "rotation_deg", "floor_mm" 0, "registration": {verdict, reason, tre_mm (the embedding's rigid),
-        features, ...}, "refined": {tre_mm, failed}}; errors are means over the turned scan's body voxels.
+        features, ...}, "refined": {tre_mm, failed, moved_mm, moved_deg}}; errors are means over the body voxels of the
+        turned scan.
     """
     pair, number = name.rsplit(" #", 1)
     fixed, moving = (load_scan(setup.data, file) for file in PAIRS[pair])
@@ -109,7 +110,7 @@ def measure_real_mr(setup: Setup, name: str) -> dict[str, Any]:
     points = points[moving.geometry.contains(move.inverse().apply(points))]
     truth = move.inverse().apply(points)
     found = register(fixed, turned, setup.model, RegisterOptions(device=setup.device, cache=False), cancel=setup.cancel)
-    first = found.adareg
+    first, refinement = found.adareg, found.refinement
     tre = transform_tre(first.transform, points, truth)
     # A refused pair is not refined by `register`; its candidate counts as it is.
     return {
@@ -121,7 +122,9 @@ def measure_real_mr(setup: Setup, name: str) -> dict[str, Any]:
         },
         "refined": {
             "tre_mm": transform_tre(found.linear, points, truth),
-            "failed": bool(found.refinement and found.refinement.failed),
+            "failed": bool(refinement and refinement.failed),
+            "moved_mm": None if refinement is None else refinement.moved_mm,
+            "moved_deg": None if refinement is None else refinement.moved_deg,
         },
     }  # fmt: skip
 
