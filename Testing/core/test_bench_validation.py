@@ -306,6 +306,7 @@ def test_turned_pair_knows_its_truth(monkeypatch):
         found = measure_real_mr(setup(), "pelvis sag/cor #0")
         assert found["refined"]["tre_mm"] == pytest.approx(error, abs=1e-6)
         assert found["registration"]["tre_mm"] == pytest.approx(error, abs=1e-6)
+        assert found["refined"]["overlap_tre_mm"] == pytest.approx(error, abs=1e-6)
         assert found["inside_fixed"] == 1.0
 
 
@@ -314,7 +315,11 @@ def test_real_mr_figures():
 
     def case(pair, tre, inliers, refined=None):
         found = {"tre_mm": tre, "features": {"inliers": inliers} if inliers else {}}
-        return {"pair": pair, "registration": found, "refined": {"tre_mm": refined or tre, "failed": False}}
+        return {
+            "pair": pair,
+            "registration": found,
+            "refined": {"tre_mm": refined or tre, "overlap_tre_mm": refined or tre, "failed": False},
+        }
 
     cases = [case("a", 2.0, 200, 1.0), case("a", 30.0, 200), case("b", 7.0, 50), case("b", None, 0)]
     found = summarise_real_mr(cases, limits)

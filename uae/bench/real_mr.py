@@ -96,8 +96,8 @@ def measure_real_mr(setup: Setup, name: str) -> dict[str, Any]:
 
     Returns:
         {"pair", "rotation_deg", "floor_mm" 0, "registration": {verdict, reason, tre_mm (the embedding's rigid),
-        features, ...}, "refined": {tre_mm, failed, moved_mm, moved_deg}}; errors are means over the body voxels of the
-        turned scan.
+        features, ...}, "refined": {tre_mm, overlap_tre_mm, failed, moved_mm, moved_deg}}; errors are means over the
+        turned scan's body voxels, overlap_tre_mm over those that the fixed scan shows.
     """
     pair, number = name.rsplit(" #", 1)
     fixed, moving = (load_scan(setup.data, file) for file in PAIRS[pair])
@@ -112,16 +112,18 @@ def measure_real_mr(setup: Setup, name: str) -> dict[str, Any]:
     found = register(fixed, turned, setup.model, RegisterOptions(device=setup.device, cache=False), cancel=setup.cancel)
     first, refinement = found.adareg, found.refinement
     tre = transform_tre(first.transform, points, truth)
+    shown = fixed.geometry.contains(truth)
     # A refused pair is not refined by `register`; its candidate counts as it is.
     return {
         "pair": pair, "rotation_deg": move.rotation_angle_deg(), "floor_mm": 0.0,
-        "inside_fixed": float(fixed.geometry.contains(truth).mean()),
+        "inside_fixed": float(shown.mean()),
         "registration": {
             "verdict": first.verdict, "reason": first.reason, "tre_mm": tre, "queried": first.queried,
             "mutual": first.mutual, "inliers": first.inliers, "features": first.features,
         },
         "refined": {
             "tre_mm": transform_tre(found.linear, points, truth),
+            "overlap_tre_mm": transform_tre(found.linear, points[shown], truth[shown]),
             "failed": bool(refinement and refinement.failed),
             "moved_mm": None if refinement is None else refinement.moved_mm,
             "moved_deg": None if refinement is None else refinement.moved_deg,
@@ -129,20 +131,24 @@ def measure_real_mr(setup: Setup, name: str) -> dict[str, Any]:
     }  # fmt: skip
 
 
+def _errors(records: Sequence[Mapping[str, Any]], stage: str, key: str) -> np.ndarray:
+    """(N,) mm; no estimate is infinitely wrong."""
+    values = [record[stage][key] for record in records]
+    return np.array([np.inf if value is None else value for value in values], dtype=np.float64)
+
+
 def summarise_real_mr(records: Sequence[Mapping[str, Any]], thresholds: Mapping[str, Any]) -> dict[str, Any]:
     """By pair and for `all`: median TREs, success (rigid within 5 mm), verdicts and confident failures as shares."""
     result: dict[str, Any] = {}
     for pair in ("all", *dict.fromkeys(record["pair"] for record in records)):
         own = [record for record in records if pair in ("all", record["pair"])]
-        rigid, refined = (
-            np.array([np.inf if r[key]["tre_mm"] is None else r[key]["tre_mm"] for r in own], dtype=np.float64)
-            for key in ("registration", "refined")
-        )
+        rigid, refined = _errors(own, "registration", "tre_mm"), _errors(own, "refined", "tre_mm")
         verdicts = np.array([verdict_of_case(record, thresholds.get("registration")) for record in own])
         result[pair] = {
             "cases": len(own),
             "rigid_median_tre_mm": float(np.median(rigid)),
             "refined_median_tre_mm": float(np.median(refined)),
+            "overlap_median_tre_mm": float(np.median(_errors(own, "refined", "overlap_tre_mm"))),
             "rigid_success": float((rigid <= RIGID_SUCCESS_MM).mean()),
             "accepted_rate": float((verdicts == ACCEPTED).mean()),
             "review_rate": float((verdicts == REVIEW).mean()),
