@@ -34,7 +34,7 @@ PAIRS = {
     "head ct/t1": (f"{HEAD}/ct_scct_2mm_smooth_cormack", f"{HEAD}/mr_mni152_t1_2mm_head"),
     "brain ct/t1": (f"{HEAD}/ct_scct_ss_1mm", f"{HEAD}/mr_mni152_t1_1mm"),
 }
-"""Fixed and moving scan, aligned as stored. What differs nevertheless counts as error: between the series of the session
+"""Fixed and moving scan, aligned as stored. What differs nevertheless counts as error: between the series of a session
 the patient has moved (mutual information, started from the stored places, ends 7, 2 and 5 mm away at the worst corner),
 and population templates show different heads."""
 
