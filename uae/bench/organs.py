@@ -59,14 +59,21 @@ def class_points(
         Class -> its points (N, 3) LPS mm and the number of its voxels.
     """
     rng = np.random.default_rng(seed)
+    classes = list(dict.fromkeys(names.values()))
+    values = np.asarray(labels.array).ravel()
+    table = np.zeros(max(int(values.max()), *names) + 1, np.int16)
+    for label, name in names.items():
+        table[label] = classes.index(name) + 1
+    numbers = table[values]
+    cells = np.flatnonzero(numbers)
+    cells = cells[np.argsort(numbers[cells], kind="stable")]
+    bounds = np.searchsorted(numbers[cells], np.arange(1, len(classes) + 2))
     found = {}
-    for name in dict.fromkeys(names.values()):
-        numbers = [label for label, own in names.items() if own == name]
-        cells = np.flatnonzero(np.isin(labels.array, numbers))
-        if len(cells):
-            chosen = rng.choice(cells, min(most, len(cells)), replace=False)
+    for name, first, last in zip(classes, bounds[:-1], bounds[1:], strict=True):
+        if last > first:
+            chosen = rng.choice(cells[first:last], min(most, last - first), replace=False)
             index = np.stack(np.unravel_index(chosen, labels.array.shape)[::-1], axis=1)
-            found[name] = labels.geometry.index_to_mm(index), len(cells)
+            found[name] = labels.geometry.index_to_mm(index), int(last - first)
     return found
 
 
