@@ -78,7 +78,7 @@ def add_commands(commands: argparse._SubParsersAction) -> None:
         default=[],
         metavar="A,B",
         help="only these studies: simulated, inter_subject, real_inter_subject, sides, and with --report-test organs, "
-        "real_mr (default: the first three, sides where --sides is given, all where --report-test is)",
+        "real_mr (default: the first three, sides where --sides is given, the last two where --report-test is)",
     )
     embedding.add_argument(
         "--sides",
