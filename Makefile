@@ -24,7 +24,7 @@ test: install
 	$(BIN)/python -m pytest Testing
 
 bench: install
-	$(BIN)/python -m uae bench embedding --quick --json build/bench/embedding.json
+	$(BIN)/python -m uae bench all --json build/bench/all.json --report Docs/benchmarks
 
 lint: install
 	$(BIN)/ruff check .

@@ -22,6 +22,8 @@ MAXIMUM_POINTS = 20_000
 MAXIMUM_SHAPE = (192, 180, 180)
 """Largest grid (z, y, x): with it a pair has about the six million voxels of the measurements of the original."""
 AIR_HU = -1024.0
+PROBE_RMS_MM = 4.0
+"""Of the field that is drawn first and then scaled to the wanted size; small enough to be drawn without folds."""
 BREATH_MM = 22.0
 """Way of the diaphragm from end expiration to deep inspiration; quiet breathing moves it by 10-20 mm (Keall et al.,
 AAPM TG-76, Med. Phys. 2006)."""
@@ -112,6 +114,24 @@ def _simulated_mr(data: DataFolder, subject: str, rms_mm: float, knot_mm: float,
     pair = _pair(fixed, Volume(signal, fixed.geometry, "mr"), to_fixed, body, seed)
     pair.moving = Volume(scanner_effects(np.asarray(pair.moving.array), spacing, rng), fixed.geometry, "mr")
     return pair
+
+
+def known_deformation(data: DataFolder, subject: str, largest_mm: float, knot_mm: float, seed: int) -> DeedsPair:
+    """A CT against an MR-like picture of it whose smooth deformation reaches `largest_mm` somewhere in the body.
+
+    Args:
+        data: the real volumes.
+        subject: folder of the CT.
+        largest_mm: length of the largest displacement.
+        knot_mm: knot distance of the cubic spline.
+        seed: fixes everything.
+
+    Raises:
+        InputError: no such CT, or no deformation of this size without folds.
+    """
+    probe = _simulated_mr(data, subject, PROBE_RMS_MM, knot_mm, seed)
+    reached = float(np.linalg.norm(probe.moving_points - probe.fixed_points, axis=1).max())
+    return _simulated_mr(data, subject, PROBE_RMS_MM * largest_mm / reached, knot_mm, seed)
 
 
 def _lung(data: DataFolder, subject: str, seed: int) -> DeedsPair:

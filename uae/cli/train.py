@@ -7,6 +7,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from uae.cli import bench as bench_public
 from uae.cli.common import Session, check_writable
 from uae.cli.parser import add_command, add_model_options
 from uae.errors import InputError
@@ -60,12 +61,12 @@ def add_commands(commands: argparse._SubParsersAction) -> None:
         "through UAE_DATA or --data, and on phantoms of other people; test subjects are only reported where "
         "--report-test asks for it; a reliability picture is written beside the JSON. match: seconds "
         "from a click to its answers, through the worker, on a phantom pair of whole torsos. deeds: accuracy, time and "
-        "memory of the deformable solver on pairs with known deformations.",
-        BENCH_EXAMPLE,
+        f"memory of the deformable solver on pairs with known deformations. {bench_public.HELP}",
+        f"{BENCH_EXAMPLE}\n{bench_public.EXAMPLE}",
     )
     bench.set_defaults(run=run_bench)
-    names = ("embedding", "match", "deeds")
-    bench.add_argument("name", choices=names, metavar="NAME", help="embedding, match or deeds")
+    names = ("embedding", "match", "deeds", *bench_public.NAMES)
+    bench.add_argument("name", choices=names, metavar="NAME", help=", ".join(names))
     bench.add_argument("--quick", action="store_true", help="fewer cases")
     bench.add_argument("--report-test", action="store_true", help="also report the test subjects")
     bench.add_argument("--data", metavar="DIR", help="the volumes (default: UAE_DATA)")
@@ -93,7 +94,8 @@ def add_commands(commands: argparse._SubParsersAction) -> None:
     solver.add_argument("--presets", type=_names, default=["faithful", "default"], metavar="A,B", help="which presets")
     solver.add_argument("--repeats", type=int, default=3, metavar="N", help="runs of each; the median time counts")
     solver.add_argument("--scaling", action="store_true", help="also time synthetic pairs up to a whole torso")
-    solver.add_argument("--report", metavar="DIR", help="also write deeds.md and its picture there")
+    bench.add_argument("--report", metavar="DIR", help="deeds, all: also write the page and its pictures there")
+    bench_public.add_arguments(bench)
 
 
 def _settings() -> str:
@@ -146,7 +148,9 @@ def run_bench(arguments: argparse.Namespace, session: Session) -> int:
     output = check_writable(arguments.json, suffixes=(".json",))
     if arguments.name != "embedding" and arguments.report_test:
         raise InputError(f"`bench {arguments.name}` has no test subjects to report; leave out --report-test")
-    run = {"match": _bench_match, "deeds": _bench_deeds}.get(arguments.name, _bench_embedding)
+    runs = {"match": _bench_match, "deeds": _bench_deeds, "all": bench_public.run_all}
+    runs |= dict.fromkeys(("landmarks", "lesions", "registration"), bench_public.run_dataset)
+    run = runs.get(arguments.name, _bench_embedding)
     result = run(arguments, session, output)
     for name, figures in result.items():
         if name in ("meta", "cases", "pairs", "reliability"):
