@@ -7,7 +7,7 @@ import os
 from pathlib import Path
 from typing import Any
 
-from uae.cli.common import Session
+from uae.cli.common import Session, names_of
 from uae.errors import InputError
 
 EXAMPLE = """\
@@ -27,10 +27,7 @@ NAMES = ("all", "landmarks", "lesions", "registration")
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the options of these benchmarks."""
     group = parser.add_argument_group("all only")
-    group.add_argument(
-        "--only", type=_names, default=[], metavar="A,B", help="rows by name or its beginning, or with *"
-    )
-    group.add_argument("--peers", type=_names, metavar="A,B", help="only these of simpleitk, elastix, ants, convexadam")
+    group.add_argument("--peers", type=names_of, metavar="A,B", help="only these of simpleitk, elastix, ants, convexadam")
     group.add_argument("--jobs", type=int, metavar="N", help="pairs at once (--quick: as many as fit; else 1)")
     group.add_argument("--budget-minutes", type=float, metavar="N", help="begin no pair after this time (--quick: 9)")
     public = parser.add_argument_group("landmarks, lesions, registration only")
@@ -93,7 +90,3 @@ def run_dataset(arguments: argparse.Namespace, session: Session, output: Path) -
     return dataset_runs.run_points(
         points, model, arguments.name, arguments.device, arguments.limit, output, session.progress
     )
-
-
-def _names(text: str) -> list[str]:
-    return [name for name in text.split(",") if name]

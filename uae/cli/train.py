@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from uae.cli import bench as bench_public
-from uae.cli.common import Session, check_writable
+from uae.cli.common import Session, check_writable, names_of
 from uae.cli.parser import add_command, add_model_options
 from uae.errors import InputError
 
@@ -72,15 +72,16 @@ def add_commands(commands: argparse._SubParsersAction) -> None:
     bench.add_argument("--data", metavar="DIR", help="the volumes (default: UAE_DATA)")
     bench.add_argument("--json", "--output", dest="json", required=True, metavar="FILE", help="where the figures go")
     add_model_options(bench)
-    embedding = bench.add_argument_group("embedding only")
-    embedding.add_argument(
+    bench.add_argument(
         "--only",
-        type=_names,
+        type=names_of,
         default=[],
         metavar="A,B",
-        help="only these studies: simulated, inter_subject, real_inter_subject, sides, and with --report-test organs, "
-        "real_mr (default: the first three, sides where --sides is given, the last two where --report-test is)",
+        help="embedding: only these studies: simulated, inter_subject, real_inter_subject, sides, and with "
+        "--report-test organs, real_mr (default: the first three, sides where --sides is given, the last two where "
+        "--report-test is); all: only these rows, by name or its beginning, or with *",
     )
+    embedding = bench.add_argument_group("embedding only")
     embedding.add_argument(
         "--sides",
         type=_sides,
@@ -90,8 +91,8 @@ def add_commands(commands: argparse._SubParsersAction) -> None:
     )
     solver = bench.add_argument_group("deeds only")
     solver.add_argument("--deedsbcv", metavar="DIR", help="also run the original: the folder of a built deedsBCV")
-    solver.add_argument("--pairs", type=_names, default=[], metavar="A,B", help="only these pairs")
-    solver.add_argument("--presets", type=_names, default=["faithful", "default"], metavar="A,B", help="which presets")
+    solver.add_argument("--pairs", type=names_of, default=[], metavar="A,B", help="only these pairs")
+    solver.add_argument("--presets", type=names_of, default=["faithful", "default"], metavar="A,B", help="which presets")
     solver.add_argument("--repeats", type=int, default=3, metavar="N", help="runs of each; the median time counts")
     solver.add_argument("--scaling", action="store_true", help="also time synthetic pairs up to a whole torso")
     bench.add_argument("--report", metavar="DIR", help="deeds, all: also write the page and its pictures there")
@@ -185,13 +186,9 @@ def _bench_match(arguments: argparse.Namespace, session: Session, output: Path) 
     return run_match_bench(options, arguments.quick, output, session.progress)
 
 
-def _names(text: str) -> list[str]:
-    return [name for name in text.split(",") if name]
-
-
 def _sides(text: str) -> list[int]:
     try:
-        return [int(side) for side in _names(text)]
+        return [int(side) for side in names_of(text)]
     except ValueError:
         raise argparse.ArgumentTypeError(f"{text!r} is no list of whole numbers; write 0,3,5,7") from None
 
