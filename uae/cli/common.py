@@ -221,12 +221,12 @@ def check_writable(output: str | Path, folder: bool = False, suffixes: Sequence[
     return path
 
 
-@contextmanager
 def names_of(text: str) -> list[str]:
     """The names of a list with commas."""
     return [name for name in text.split(",") if name]
 
 
+@contextmanager
 def whole_folder(folder: Path) -> Iterator[Path]:
     """Yield an empty folder to write into; its files reach `folder` together, or not at all.
 
