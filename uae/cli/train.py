@@ -92,7 +92,9 @@ def add_commands(commands: argparse._SubParsersAction) -> None:
     solver = bench.add_argument_group("deeds only")
     solver.add_argument("--deedsbcv", metavar="DIR", help="also run the original: the folder of a built deedsBCV")
     solver.add_argument("--pairs", type=names_of, default=[], metavar="A,B", help="only these pairs")
-    solver.add_argument("--presets", type=names_of, default=["faithful", "default"], metavar="A,B", help="which presets")
+    solver.add_argument(
+        "--presets", type=names_of, default=["faithful", "default"], metavar="A,B", help="which presets"
+    )
     solver.add_argument("--repeats", type=int, default=3, metavar="N", help="runs of each; the median time counts")
     solver.add_argument("--scaling", action="store_true", help="also time synthetic pairs up to a whole torso")
     bench.add_argument("--report", metavar="DIR", help="deeds, all: also write the page and its pictures there")
