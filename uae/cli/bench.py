@@ -27,7 +27,7 @@ NAMES = ("all", "landmarks", "lesions", "registration")
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the options of these benchmarks."""
     group = parser.add_argument_group("all only")
-    group.add_argument("--peers", type=names_of, metavar="A,B", help="only these of simpleitk, elastix, ants, convexadam")
+    group.add_argument("--peers", type=names_of, metavar="A,B", help="of simpleitk, elastix, ants, convexadam")
     group.add_argument("--jobs", type=int, metavar="N", help="pairs at once (--quick: as many as fit; else 1)")
     group.add_argument("--budget-minutes", type=float, metavar="N", help="begin no pair after this time (--quick: 9)")
     public = parser.add_argument_group("landmarks, lesions, registration only")
