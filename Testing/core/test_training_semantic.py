@@ -160,17 +160,33 @@ def labelled_subjects():
     return subjects
 
 
-def test_cell_classes_are_those_of_the_anatomy_shown(labelled_subjects):
-    task = small_task(SemanticTask, small_config("semantic.probability=1.0"), labelled_subjects, table=None)
+@pytest.mark.parametrize("most", [0, 20])
+def test_cells_of_a_step_carry_the_class_of_the_anatomy_shown(labelled_subjects, most):
+    config = small_config("semantic.probability=1.0", f"semantic.cells_per_class={most}")
+    task = small_task(SemanticTask, config, labelled_subjects, table=None)
     batch = task.prepare(np.random.default_rng(2))
-    view, classes = batch.views[0], batch.classes[0].numpy()
     assert len({id(v.subject) for v in batch.views}) == 2
-    cells_zyx = np.argwhere(np.ones([n // 2 for n in view.map.shape], bool))
-    voxels = view.map.to_subject(torch.from_numpy(cells_zyx * 2 + 0.5).float()).numpy()
-    used = classes >= 0
-    index = np.rint(voxels[used]).astype(int)
-    assert used.any() and np.array_equal(view.subject.classes[tuple(index.T)], classes[used])
-    assert np.array_equal(cell_classes(view).numpy(), classes)
+    for view, cells_zyx, classes, counts in zip(batch.views, batch.cells, batch.classes, batch.counts, strict=True):
+        voxels = view.map.to_subject(cells_zyx * 2 + 0.5).numpy()
+        assert np.array_equal(view.subject.classes[tuple(np.rint(voxels).astype(int).T)], classes.numpy())
+        everywhere = cell_classes(view).numpy()
+        for number in np.unique(everywhere[everywhere >= 0]):
+            own = (classes == number).numpy()
+            assert counts.numpy()[own].sum() == pytest.approx((everywhere == number).sum())
+            assert not most or number == 0 or own.sum() <= most
+        assert len(np.unique(cells_zyx.numpy(), axis=0)) == len(cells_zyx)
+
+
+def test_drawn_cells_count_as_often_as_those_they_stand_for():
+    rng = np.random.default_rng(0)
+    vectors = torch.nn.functional.normalize(torch.from_numpy(rng.normal(size=(6, 4)).astype(np.float32)), dim=1)
+    classes = torch.tensor([1, 1, 2, 2, 0, 0])
+    times = torch.tensor([3, 1, 2, 5, 4, 2])
+    drawn = LabelledCells(vectors, classes, frozenset({1, 2}), times.float())
+    each = LabelledCells(vectors.repeat_interleave(times, 0), classes.repeat_interleave(times), frozenset({1, 2}))
+    (loss, excess), (expected, wanted) = prototype_loss([drawn]), prototype_loss([each])
+    assert float(loss) == pytest.approx(float(expected), rel=1e-5)
+    assert excess == pytest.approx(wanted, abs=1e-5)
 
 
 def test_semantic_training_lowers_the_excess_and_exports_its_head(labelled_subjects, tmp_path):

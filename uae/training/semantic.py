@@ -15,17 +15,30 @@ from uae.network import UAENet
 from uae.training import distributed
 from uae.training.appearance import AppearanceTask
 from uae.training.data import class_cells
-from uae.training.prototypes import LabelledCells, prototype_loss
+from uae.training.features import head_at_cells
+from uae.training.prototypes import BACKGROUND, OUTSIDE, LabelledCells, prototype_loss
 from uae.training.sampling import Pair, fine_positions
 from uae.training.views import View, draw_view, patch_grid, read_mask, render_views
+
+BACKGROUND_TIMES = 16
+"""Unlabelled cells drawn for each labelled cell of one class: they are many and unlike each other (our choice)."""
 
 
 @dataclass
 class SemanticBatch:
-    """Views of different volumes and the class of every fine cell of each, (N,) int in C order of the fine grid."""
+    """Views of different volumes and the fine cells whose vectors the loss needs.
+
+    Attributes:
+        views: one of each volume.
+        cells: per view (K, 3) int fine cells, z, y, x.
+        classes: per view (K,) int class numbers.
+        counts: per view (K,) float, how many cells of the view each stands for.
+    """
 
     views: list[View]
+    cells: list[Tensor]
     classes: list[Tensor]
+    counts: list[Tensor]
 
 
 def cell_classes(view: View) -> Tensor:
@@ -34,6 +47,32 @@ def cell_classes(view: View) -> Tensor:
     positions = fine_positions(patch_grid(shape).reshape(-1, 3))
     found = read_mask(view.subject.classes, view.map.to_subject(positions)).astype(np.int64)
     return torch.from_numpy(np.where(view.mask_at(positions) > 0, found, -1))
+
+
+def drawn_cells(rng: np.random.Generator, classes: Tensor, most: int) -> tuple[Tensor, Tensor]:
+    """Cells of a view that stand for all of them: at most `most` of each class, BACKGROUND_TIMES as many without one.
+
+    Args:
+        rng: of the choice.
+        classes: (N,) int class of every cell; OUTSIDE is left out.
+        most: 0 for all cells.
+
+    Returns:
+        (K,) int cell numbers and (K,) float, how many cells each stands for.
+    """
+    chosen, counts = [], []
+    for number in torch.unique(classes).tolist():
+        if number == OUTSIDE:
+            continue
+        own = torch.nonzero(classes == number)[:, 0]
+        limit = most * BACKGROUND_TIMES if number == BACKGROUND else most
+        picked = own
+        if most and len(own) > limit:
+            picked = own[torch.from_numpy(rng.choice(len(own), limit, replace=False))]
+        chosen.append(picked)
+        counts.append(torch.full((len(picked),), len(own) / len(picked)))
+    empty = torch.zeros(0)
+    return (torch.cat(chosen), torch.cat(counts)) if chosen else (empty.long(), empty)
 
 
 class SemanticTask(AppearanceTask):
@@ -70,15 +109,20 @@ class SemanticTask(AppearanceTask):
     def _draw_volumes(self, rng: np.random.Generator, count: int) -> SemanticBatch:
         settings = {**self.settings, "patch": self.semantic_settings["patch"] or self.settings["patch"]}
         order = rng.permutation(len(self.labelled))
-        views, classes = [], []
+        batch = SemanticBatch([], [], [], [])
+        shape = tuple(n // 2 for n in settings["patch"])
         for index in np.resize(order, count):
             subject, centres = self.labelled[index], self.centres[index]
             seed = centres[rng.integers(len(centres))]
             kinds = self._kinds(subject)
             view = draw_view(rng, subject, kinds[int(rng.integers(len(kinds)))], seed, settings, self.input_map)
-            views.append(view)
-            classes.append(cell_classes(view))
-        return SemanticBatch(views, classes)
+            classes = cell_classes(view)
+            chosen, counts = drawn_cells(rng.spawn(1)[0], classes, self.semantic_settings["cells_per_class"])
+            batch.views.append(view)
+            batch.cells.append(torch.stack(torch.unravel_index(chosen, shape), 1))
+            batch.classes.append(classes[chosen])
+            batch.counts.append(counts)
+        return batch
 
     def _kinds(self, subject: Any) -> list[str]:
         """Contrasts under which labels are shown: the papers' semantic branch sees CT; ours more, if asked to."""
@@ -96,19 +140,23 @@ class SemanticTask(AppearanceTask):
 
     def semantic_step(self, batch: SemanticBatch) -> tuple[Tensor, dict[str, float]]:
         """Prototypical contrastive loss over the pooled cells of all volumes of the step."""
-        images = render_views(batch.views, self.input_map)[:, None]
-        vectors = self.runner(self._semantic, images.to(memory_format=torch.channels_last_3d))
+        images = render_views(batch.views, self.input_map)[:, None].to(memory_format=torch.channels_last_3d)
+        sizes = [len(own) for own in batch.cells]
+        owner = torch.repeat_interleave(torch.arange(len(sizes)), torch.tensor(sizes))
+        vectors = self.runner(self._semantic, images, owner.to(self.device), torch.cat(batch.cells).to(self.device))
         cells = [
-            LabelledCells(own, classes.to(self.device), view.subject.annotated)
-            for own, classes, view in zip(vectors, batch.classes, batch.views, strict=True)
+            LabelledCells(own, classes.to(self.device), view.subject.annotated, counts.to(self.device))
+            for own, classes, counts, view in zip(
+                vectors.split(sizes), batch.classes, batch.counts, batch.views, strict=True
+            )
         ]
         loss, excess = prototype_loss(cells, self.semantic_settings)
         figures = {"semantic": float(loss.detach()), "excess": float(np.mean(list(excess.values())) if excess else 0)}
         names = self.table.names if self.table else {}
         return loss, figures | {f"excess/{names.get(k, k)}": value for k, value in excess.items()}
 
-    def _semantic(self, network: UAENet, images: Tensor) -> Tensor:
+    def _semantic(self, network: UAENet, images: Tensor, owner: Tensor, cells: Tensor) -> Tensor:
         with torch.autocast(self.device.type, torch.bfloat16, enabled=self.device.type == "cuda"):
-            found = network.semantic(network.stages(network.early(images))[:3])
-        return F.normalize(found.float(), dim=1).flatten(2).transpose(1, 2)
-
+            pyramid = network.semantic.pyramid(network.stages(network.early(images))[:3])
+            found = head_at_cells(network.semantic, pyramid, owner, cells)
+        return F.normalize(found.float(), dim=1)

@@ -78,6 +78,7 @@ SETTINGS: dict[str, str] = {
     "semantic.volumes_per_step": "different volumes pooled in one loss (code: 2)",
     "semantic.patch": "z, y, x voxels of their crops; empty: views.patch (code: up to 120, 180, 180)",
     "semantic.modalities": "ct: labels are shown under CT contrast (papers); all: MR-like and rendered MR too (ours)",
+    "semantic.cells_per_class": "cells of each class drawn in a view, 16 times as many without one; 0: all (papers)",
     "semantic.temperature": "(papers: 0.5; code: 0.1)",
     "semantic.reduction": "over classes: sum (papers) or mean (code)",
     "semantic.background": "unlabelled cells in the denominator (papers: no; code: yes)",
