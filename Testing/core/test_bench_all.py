@@ -3,6 +3,7 @@
 import itertools
 import json
 import math
+import threading
 
 import numpy as np
 import pytest
@@ -12,8 +13,8 @@ from uae.bench.all_plan import ALL_PEERS, OWN, R3_ORDERS, STARTED, VARIANTS, Row
 from uae.bench.all_report import losses, text_of, write_report
 from uae.bench.all_rows import RunOptions, measure
 from uae.bench.all_summary import reliability, summarise
-from uae.bench.pairs import UNRELATED, BenchPair, Pairs, _turned_pair, hounsfield
-from uae.errors import InputError
+from uae.bench.pairs import UNRELATED, BenchPair, Pairs, _turned_pair
+from uae.errors import CancelledError, InputError
 from uae.geometry import Geometry
 from uae.transform import Rigid
 from uae.volume import Volume
@@ -21,8 +22,9 @@ from uae.volume import Volume
 META = {
     "date": "2026-01-01", "quick": False, "jobs": 1, "threads": 1, "device": "cpu", "model": "uae-m",
     "model_version": "1", "model_sha256": "0", "model_round": 0, "processor": "p", "processors": 2, "platform": "l",
-    "python": "3", "versions": {"numpy": "2"}, "peers": list(ALL_PEERS), "skipped": {"ants": "not installed"},
-    "settings": {"simpleitk": {"metric": "x"}}, "cached_embeddings": False, "command": "", "left_out": [],
+    "python": "3", "thresholds": {}, "versions": {"numpy": "2"},
+    "peers": list(ALL_PEERS), "skipped": {"ants": "not installed"},
+    "settings": {"simpleitk": {"metric": "x"}}, "cached_embeddings": False, "left_out": [],
 }  # fmt: skip
 
 
@@ -209,6 +211,27 @@ def test_run_resumes_after_every_row(stubbed, tmp_path, monkeypatch, jobs):
     assert len(stubbed) == first + 4 * len(R3_ORDERS)
 
 
+def test_rows_cut_short_by_a_stop_are_not_kept_as_failures(stubbed, tmp_path, monkeypatch):
+    begun = threading.Event()
+
+    def measure(one, pair, options, ours):
+        if one.case.endswith(".0"):
+            begun.wait(10)
+            raise CancelledError("stopped")
+        begun.set()
+        stopped.wait(10)  # a child that the stop has ended comes back as a failed row
+        return row(*one.pair, one.system) | {"status": "failed"}
+
+    stopped = threading.Event()
+    monkeypatch.setattr(all_run, "measure", measure)
+    monkeypatch.setattr(all_run, "end_children", stopped.set)
+    file = tmp_path / "all.json"
+    with pytest.raises(CancelledError):
+        all_run.run_all(only=["R1/hard/ct_lidc0001_chest.0", "R1/hard/ct_lidc0001_chest.1"], peers=[], jobs=2,
+                        json_path=file)  # fmt: skip
+    assert not file.exists()
+
+
 def test_started_row_alone_runs_ours_first(stubbed, tmp_path):
     name = "R1/hard/ct_lidc0001_chest.0/simpleitk@uae"
     result = all_run.run_all(only=[name], peers=["simpleitk"], json_path=tmp_path / "row.json")
@@ -269,14 +292,6 @@ def test_turned_pair_knows_its_truth():
     assert np.linalg.norm(pair.moving_points - pair.fixed_points, axis=1).mean() > 1.0
     # voxels are turned, the header is not: the grid keeps the source's axes
     np.testing.assert_allclose(pair.moving.geometry.direction, source.geometry.direction)
-
-
-def test_hounsfield_of_the_head_template():
-    np.testing.assert_allclose(
-        hounsfield(np.array([0.0, 899.9, 900.0, 1900.0, 2900.0, 3800.0])),
-        [-1000, -100.1, -100, 0, 100, 1000],
-        atol=0.01,
-    )
 
 
 def test_pairs_of_the_real_data(real_data):

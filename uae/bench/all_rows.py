@@ -156,7 +156,7 @@ def _matches(row: Row, pair: BenchPair, options: RunOptions) -> dict[str, Any]:
     )  # fmt: skip
     more: dict[str, Any] = {"ways": {}}
     for name, found in run.info.get("ways", {}).items():
-        places = np.array([match["point_mm"] for match in found["matches"]], dtype=np.float64)
+        places = np.array([match["point_mm"] for match in found["matches"]], dtype=np.float64).reshape(-1, 3)
         figures = [{key: match[key] for key in ("score", "margin", "confident")} for match in found["matches"]]
         offsets = np.round(places - truth, 3)
         more["ways"][name] = {"seconds": found["seconds"], "offset_mm": offsets, "matches": figures}

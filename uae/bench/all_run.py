@@ -7,11 +7,10 @@ import json
 import logging
 import os
 import shlex
-import sys
 import threading
 import time
 from collections.abc import Iterable, Mapping, Sequence
-from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
+from concurrent.futures import FIRST_COMPLETED, FIRST_EXCEPTION, Future, ThreadPoolExecutor, wait
 from datetime import date
 from pathlib import Path
 from typing import Any
@@ -27,6 +26,7 @@ from uae.bench.resources import end_children
 from uae.device import cpu_name
 from uae.errors import InputError
 from uae.info import collect
+from uae.json_values import plain
 from uae.models import load_model
 from uae.progress import Cancel, Progress, check_cancel, report
 
@@ -36,8 +36,11 @@ QUICK_MINUTES = 9.7
 """No row is begun that would probably end later, so that the quick run ends in ten minutes."""
 FIRST_GUESS_S = 60.0
 """How long a row takes of whose system none is known yet (our measurement: 15 to 45 s of one core)."""
-SETTLED = ("model_sha256", "threads", "device", "peers", "versions")
-"""What must be the same for an earlier run's rows to count."""
+SETTLED = (
+    "model_sha256", "thresholds", "threads", "jobs", "device", "peers", "versions", "cached_embeddings", "processor",
+    "processors",
+)  # fmt: skip
+"""What must be the same for an earlier run's rows to count: verdicts, accuracy and times."""
 
 
 def run_all(
@@ -96,6 +99,7 @@ class _Run:
         self.end = None if budget_minutes is None else time.monotonic() + 60.0 * budget_minutes
         self.left_out: list[str] = []
         self.lock, self.total, self.done = threading.Lock(), 1, 0
+        self.stopped = threading.Event()
 
     def go(self, wanted: Sequence[Row], jobs: int) -> None:
         """Run what is missing; `jobs` groups of rows on one pair at a time."""
@@ -119,9 +123,10 @@ class _Run:
                     for future in finished:
                         future.result()
                 running.add(pool.submit(self.group, rows))
-            for future in running:
+            for future in wait(running, return_when=FIRST_EXCEPTION)[0]:
                 future.result()
         except BaseException:
+            self.stopped.set()
             pool.shutdown(wait=False, cancel_futures=True)
             end_children()
             raise
@@ -129,17 +134,18 @@ class _Run:
 
     def group(self, rows: list[Row]) -> None:
         """Rows on one pair, the pair made once."""
-        check_cancel(self.cancel)
-        late = [row for row in rows if self.too_late(row)]
-        with self.lock:
-            self.left_out += [row.name for row in late]
-        rows = [row for row in rows if row not in late]
-        if not rows:
-            return
         scenario, part, case = rows[0].pair
-        pair = None if scenario == "S1" else self.pairs.make(scenario, part, case)
+        pair = None
         for row in rows:
             check_cancel(self.cancel)
+            if self.stopped.is_set():
+                return
+            if self.too_late(row):
+                with self.lock:
+                    self.left_out.append(row.name)
+                continue
+            if pair is None and scenario != "S1":
+                pair = self.pairs.make(scenario, part, case)
             ours = None
             if row.system.endswith(STARTED):
                 own = Row(scenario, part, case, OWN)
@@ -160,7 +166,9 @@ class _Run:
         return time.monotonic() + self.longest.get(row.system, FIRST_GUESS_S) > self.end
 
     def keep(self, record: dict[str, Any]) -> None:
-        """Store a finished row with the command that repeats it."""
+        """Store a finished row with the command that repeats it; what was stopped half-way is none."""
+        if self.stopped.is_set():
+            return
         record["command"] = self.command(record["name"])
         with self.lock:
             self.records[record["name"]] = record
@@ -172,7 +180,7 @@ class _Run:
         """The command line that measures a row alone, with the same figures."""
         given = ["uae", "bench", "all", "--only", name, "--threads", str(self.options.threads)]
         if self.options.model != "uae-m":
-            given += ["--model", self.options.model]
+            given += ["--model", Path(self.options.model).name]
         if self.options.device != "auto":
             given += ["--device", self.options.device]
         return "UAE_DATA=... " + shlex.join([*given, "--json", "build/bench/row.json"])
@@ -207,11 +215,10 @@ def _meta(
     return {
         "date": date.today().isoformat(), "quick": quick, "jobs": jobs, "threads": options.threads,
         "device": options.device, "model": model.name, "model_version": model.version, "model_sha256": model.sha256,
-        "model_round": model.meta.get("round", 0),
+        "model_round": model.meta.get("round", 0), "thresholds": plain(model.thresholds),
         "processor": cpu_name(), "processors": os.cpu_count(), "platform": facts["platform"], "python": facts["python"],
         "versions": {"uae": facts["uae"], **facts["libraries"], **versions()}, "peers": list(chosen),
         "skipped": dict(skipped), "settings": settings(), "cached_embeddings": options.cache_folder is not None,
-        "command": shlex.join(["uae", *sys.argv[1:]]) if sys.argv[1:2] == ["bench"] else "",
     }  # fmt: skip
 
 

@@ -22,6 +22,7 @@ from uae.errors import InputError
 from uae.files import atomic_path
 from uae.json_values import plain
 from uae.matching import inside_scan, match_points
+from uae.preprocess import body_mask
 from uae.progress import Cancel, Progress, check_cancel, report
 from uae.quality import dice, jacobian_statistics
 from uae.registration.pipeline import RegisterOptions, register
@@ -236,7 +237,9 @@ def run_registrations(
                 continue
             done[pair.name]["steps"][step] = _judged(pair, scans[0], transform)
         if outcome.field is not None:
-            done[pair.name]["steps"]["deformable"]["folding"] = jacobian_statistics(outcome.field)["folding"]
+            body = Volume(body_mask(scans[0]).astype(np.uint8), scans[0].geometry)
+            inside = resample(body, outcome.field.geometry, fill=0, order=0).array > 0
+            done[pair.name]["steps"]["deformable"]["folding"] = jacobian_statistics(outcome.field, inside)["folding"]
         if json_path is not None:
             write_json(json_path, _registration_tables(done, model))
     result = _registration_tables(done, model)
@@ -259,9 +262,10 @@ def _judged(pair: ImagePair, fixed: Volume, transform: Transform | None) -> dict
         overlap = dice(truth.array, carried.array)
         apart = surface_distances(truth.array, carried.array, truth.geometry)
         figures |= {
-            "dice": _mean(overlap.values()), "mda_mm": _mean(d["mda_mm"] for d in apart.values()),
-            "hd95_mm": _mean(d["hd95_mm"] for d in apart.values()), "dice_by_label": overlap,
+            "dice": _mean(overlap.values()), "dice_by_label": overlap,
         }  # fmt: skip
+        if apart:
+            figures |= {key: _mean(d[key] for d in apart.values()) for key in ("mda_mm", "hd95_mm")}
     return figures
 
 

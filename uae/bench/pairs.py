@@ -1,6 +1,8 @@
 """The pairs of `uae bench all`: two scans, and where the moving one's body voxels truly lie in the fixed one.
 
-Seeds are fixed, and the subject split of the data is kept: R1 and R2 use the validation CTs, R3 to R5 the test volumes.
+Seeds are fixed, and the subject split of the data is kept: R1 and R2 use the validation CTs, R4 and R5 the test
+volumes. R3 takes the pairs that the collection names: scans of all kinds, one of them much like a pair that the
+limits of the verdicts were calibrated on.
 """
 
 from __future__ import annotations
@@ -15,6 +17,7 @@ from uae.bench.data import VALIDATION_CTS, DataFolder
 from uae.bench.deeds_pairs import known_deformation
 from uae.bench.embedding import case_seed
 from uae.bench.parts import along_body
+from uae.bench.real_mr import hounsfield_from_cormack
 from uae.errors import InputError
 from uae.phantom import FIRST_TEST_SEED, correspondence, make_phantom
 from uae.preprocess import body_mask
@@ -37,9 +40,6 @@ PROSTATE = "mr_prostatex0000_pelvis"
 R5_PAIRS = {"sagittal": ("t2_tra", "t2_sag"), "coronal": ("t2_tra", "t2_cor"), "both": ("t2_sag", "t2_cor")}
 R5_DEG, R5_MM = (3.0, 15.0), 30.0
 MAXIMUM_POINTS = 20_000
-CORMACK_AIR, CORMACK_TOP = 900.0, 2900.0
-"""The head template's scale: HU + 1000 below -100 HU, ten times finer between -100 and 100, HU + 2800 above (Rorden et
-al., "Age-specific CT and MRI templates for spatial normalization", NeuroImage 2012)."""
 
 
 @dataclass
@@ -121,7 +121,7 @@ class Pairs:
         ct_file, mr_file, limit = R4_PAIRS[part]
         ct = self._data.volume(f"{HEAD}/{ct_file}", "ct")
         if part == "heads":
-            ct = ct.replace(hounsfield(ct.array))
+            ct = ct.replace(hounsfield_from_cormack(ct.array))
         else:
             mask = self._data.volume(f"{HEAD}/ct_scct_ss_mask.nii.gz", "ct")
             ct = ct.replace(np.where(mask.array > 0, ct.array, -1000.0).astype(np.float32))
@@ -141,13 +141,6 @@ def _split(case: str) -> tuple[str, int]:
     if not index.isdigit():
         raise InputError(f"a case is SUBJECT.NUMBER, not {case!r}")
     return subject, int(index)
-
-
-def hounsfield(values: np.ndarray) -> np.ndarray:
-    """HU, float32, of the head template's stretched scale (see CORMACK_AIR)."""
-    values = np.asarray(values, dtype=np.float32)
-    middle = -100.0 + (values - CORMACK_AIR) / 10.0
-    return np.where(values < CORMACK_AIR, values - 1000.0, np.where(values > CORMACK_TOP, values - 2800.0, middle))
 
 
 def _turned_pair(

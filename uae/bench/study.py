@@ -165,7 +165,8 @@ def run_study(
         InputError: no data.
         CancelledError: the user stopped; what was saved stays.
     """
-    meta = plain({"model_sha256": setup.model.sha256, **study.settings(setup)})
+    settings = study.settings(setup)
+    meta = plain({"model_sha256": setup.model.sha256, "thresholds": setup.model.thresholds.get("match"), **settings})
     known: dict[str, dict[str, Any]] = {}
     if earlier and earlier.get("meta") == meta:
         known = {record["case"]: record for record in earlier.get("cases", [])}

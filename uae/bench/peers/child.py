@@ -24,16 +24,22 @@ def run(job: Job) -> Outcome:
     index = lattice(job.reference)
     points = job.reference.to_mm(index)
     best: tuple[float, int, Outcome] | None = None
-    tried = []
+    tried, failures = [], []
     begin = time.perf_counter()
     for number, start in enumerate(job.starts):
-        found = module.register(job, job.other.carried(np.linalg.inv(start)))
+        try:
+            found = module.register(job, job.other.carried(np.linalg.inv(start)))
+        except Exception as error:
+            tried.append(None)
+            failures.append(error)
+            continue
         found = _after(found, start)
         value = mutual_information(job.reference, job.other, apply(found, points), index)
         tried.append(value if np.isfinite(value) else None)
         if best is None or value > best[0]:
             best = (value, number, found)
-    assert best is not None
+    if best is None:
+        raise failures[0]
     _, number, outcome = best
     outcome.info |= {"seconds": time.perf_counter() - begin, "start": number, "mutual_information": tried}
     return outcome

@@ -181,8 +181,11 @@ def run_peer(
         except ResourceError as error:
             return PeerRun(None, None, "failed", str(error))
         found = read_outcome(paths[1])
-    there = as_transform(found)
-    transform, to_fixed = (there.inverse(), there) if swap else (there, there.inverse())
+    try:
+        there = as_transform(found)
+        transform, to_fixed = (there.inverse(), there) if swap else (there, there.inverse())
+    except (ValueError, np.linalg.LinAlgError) as error:
+        return PeerRun(None, None, "failed", f"gave no transform that can be inverted ({error})")
     return PeerRun(
         transform, to_fixed, "done", "", float(found.info["seconds"]), used.seconds, used.cpu_seconds, used.peak_mb,
         found.info,
@@ -190,7 +193,14 @@ def run_peer(
 
 
 def as_transform(outcome: Outcome) -> Transform:
-    """The map reference -> other as a transform of this package."""
+    """The map reference -> other as a transform of this package.
+
+    Raises:
+        ValueError: it holds values that are not numbers.
+    """
+    parts = [outcome.matrix] if outcome.vectors is None else [outcome.matrix, outcome.vectors]
+    if not all(np.isfinite(part).all() for part in parts):
+        raise ValueError("values that are not numbers")
     if outcome.vectors is None:
         rotation = outcome.matrix[:3, :3]
         rigid = np.abs(rotation.T @ rotation - np.eye(3)).max() < 1e-6 and np.linalg.det(rotation) > 0
