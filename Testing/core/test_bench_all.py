@@ -120,6 +120,7 @@ def test_deformable_scaling_and_landmark_tables():
         row("R2", "smooth", "a.1", "uae-deeds", 4.0, initial_tre_mm=8.0, folding=0.01),
         row("R2", "smooth", "a.1", "ants", None, status="failed"),
         row("L1", "ct-mr", "pair0", tre=None, ways=ways),
+        row("L1", "ct-mr", "pair1", tre=None, ways={}, status="failed"),
         *(row("S1", "embed", f"x{s}.t1", tre=None, voxels=1e6 * s, threads=1, status="done") | {"seconds": 2.0 * s}
           for s in (1, 2, 4)),
     ]  # fmt: skip
@@ -129,6 +130,7 @@ def test_deformable_scaling_and_landmark_tables():
     assert result["R2"]["ants"] == {"cases": 1, "failed": 1}
     nearest = result["L1"]["ct-mr"]["nearest"]
     assert nearest["med_mm"] == pytest.approx(12.5)
+    assert (nearest["cases"], nearest["failed"]) == (1, 1)
     assert nearest["confident_share"] == pytest.approx(0.5)
     assert nearest["confident_over_10mm"] == 0.0
     assert [b["within_10mm"] for b in nearest["reliability"]] == [0.0, 1.0]

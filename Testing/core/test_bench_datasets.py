@@ -86,6 +86,7 @@ def test_lesions_say_what_is_missing(tmp_path):
     for broken, words in (
         ({"7": {"target": "a"}}, "has no"), ({"7": dls_entry(**{"target box": [1, 2]})}, "must be 6 numbers"),
         ({"7": dls_entry(**{"source center": [1, 2, "x"]})}, "not a number"), ([], "no lesion pairs"),
+        (7, "a table of lesion pairs"), ({"7": dls_entry(**{"target recist diameter": [5.0, None]})}, "not a number"),
     ):  # fmt: skip
         (folder / "data" / "test.json").write_text(json.dumps(broken))
         with pytest.raises(InputError, match=words):

@@ -50,8 +50,8 @@ def summarise(rows: Sequence[Mapping[str, Any]], meta: Mapping[str, Any]) -> dic
         if table:
             result[key] = {part: _rates(own) for part, own in table.items()}
     for key in ("L1", "L2"):
-        own = [row for row in rows if row["scenario"] == key and row.get("ways")]
-        if own:
+        own = [row for row in rows if row["scenario"] == key]
+        if any(row.get("ways") for row in own):
             result[key] = {part: _ways(cases) for part, cases in _group(own, lambda row: row["part"]).items()}
     rounds = _rounds(by["R1"], meta)
     if rounds:
@@ -119,8 +119,12 @@ def _unrelated(rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
 
 
 def _ways(rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
-    """Landmark rows of every way of matching, with the honesty of scores and of `confident`."""
+    """Landmark rows of every way of matching, with the honesty of scores and `confident`; failed cases are counted."""
     table: dict[str, Any] = {}
+    failed = sum(not row.get("ways") for row in rows)
+    rows = [row for row in rows if row.get("ways")]
+    if not rows:
+        return table
     for way in rows[0]["ways"]:
         offsets = np.concatenate([np.array(row["ways"][way]["offset_mm"], dtype=float).reshape(-1, 3) for row in rows])
         matches = [match for row in rows for match in row["ways"][way]["matches"]]
@@ -129,7 +133,7 @@ def _ways(rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
         errors = np.linalg.norm(offsets, axis=1)
         sure = np.array([bool(match["confident"]) for match in matches])
         table[way] = {
-            **landmark_row(offsets, np.zeros_like(offsets)), "cases": len(rows),
+            **landmark_row(offsets, np.zeros_like(offsets)), "cases": len(rows), "failed": failed,
             "confident_share": float(sure.mean()),
             "confident_over_10mm": float((errors[sure] > 10.0).mean()) if sure.any() else 0.0,
             "seconds": float(np.median([row["ways"][way]["seconds"] for row in rows])),

@@ -55,6 +55,8 @@ def read_landmarks(folder: str | Path, template: str | None = None) -> list[Poin
     phases: dict[str, str] = {}
     files: dict[str, Path] = {}
     for row in rows:
+        if not row["image"] or not row["label"]:
+            raise InputError(f"{table}: a line without image or label; complete or remove it")
         name = row["image"].strip()
         if name not in files:
             files[name] = _image(root, name)

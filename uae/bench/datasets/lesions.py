@@ -52,6 +52,8 @@ def read_lesions(folder: str | Path, split: str = "test", reversed_slices: bool 
     if file is None:
         raise InputError(f"{root}: {SPLITS[split][0]} is missing here and in data/; it lists the lesion pairs")
     content = read_json(file)
+    if not isinstance(content, Mapping | list):
+        raise InputError(f"{file}: a table of lesion pairs was expected; download the file again")
     entries = content.items() if isinstance(content, Mapping) else ((f"{i:04d}", e) for i, e in enumerate(content, 1))
     grids: dict[Path, Geometry] = {}
     pairs = [_pair(root, file, str(key), entry, split, reversed_slices, grids) for key, entry in entries]
@@ -87,7 +89,9 @@ def _pair(
     if flipped:
         low = np.array([low[0], low[1], grid.size[2] - low[2] - sides[2]])
     diameters = entry.get("target recist diameter")
-    longest = max(diameters) if isinstance(diameters, list) and diameters else float("nan")
+    longest = float("nan")
+    if isinstance(diameters, list) and diameters:
+        longest = max(number(value, file, f"target recist diameter of {key}") for value in diameters)
     return PointPair(
         key, paths[0], paths[1], [key], centres[0][None], centres[1][None], split, ("ct", "ct"),
         {
