@@ -53,11 +53,11 @@ def draw(result: Mapping[str, Any], folder: Path) -> dict[str, str]:
     return written
 
 
-def _figure(width: float, height: float, columns: int = 1):
+def _figure(width: float, height: float, columns: int = 1, sharey: bool = False):
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(width, height), layout="constrained")
-    return figure, np.atleast_1d(figure.subplots(1, columns, sharey=columns > 1))
+    return figure, np.atleast_1d(figure.subplots(1, columns, sharey=sharey))
 
 
 def _save(figure: Any, path: Path) -> None:
@@ -67,7 +67,7 @@ def _save(figure: Any, path: Path) -> None:
 
 def _boxes(rows: Sequence[Mapping[str, Any]], path: Path) -> None:
     parts = list(dict.fromkeys(row["part"] for row in rows))
-    figure, axes = _figure(1.5 + 2.6 * len(parts), 3.4, len(parts))
+    figure, axes = _figure(1.5 + 2.6 * len(parts), 3.4, len(parts), sharey=True)
     for axis, part in zip(axes, parts):
         own = [row for row in rows if row["part"] == part]
         names = list(dict.fromkeys(row["system"] for row in own))
@@ -111,9 +111,7 @@ def _reliability(curves: Mapping[str, Sequence[Mapping[str, float]]], path: Path
 
 
 def _scaling(tables: Mapping[str, Mapping[str, Any]], path: Path) -> None:
-    figure, axes = _figure(8.0, 3.4, 1)
-    figure.clear()
-    axes = figure.subplots(1, 2)
+    figure, axes = _figure(8.0, 3.4, 2)
     for task, by_threads in tables.items():
         for threads, table in by_threads.items():
             million = np.array(table["voxels"]) / 1e6

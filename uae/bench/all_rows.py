@@ -10,10 +10,12 @@ from typing import Any
 import numpy as np
 
 from uae.bench.all_plan import OWN, STARTED, VARIANTS, Row
+from uae.bench.embedding import points_shown
 from uae.bench.metrics import transform_tre
 from uae.bench.own import run_own
 from uae.bench.pairs import BenchPair
-from uae.bench.peers.run import PEERS, PeerRun, run_peer
+from uae.bench.peers.job import Outcome
+from uae.bench.peers.run import PEERS, PeerRun, as_transform, run_peer
 from uae.errors import InputError
 from uae.json_values import plain
 from uae.phantom import FIRST_TEST_SEED, make_phantom
@@ -84,7 +86,7 @@ def measure(row: Row, pair: BenchPair | None, options: RunOptions, ours: Mapping
         "features": run.info.get("features"), "stages": run.info.get("stages"), "deformable": run.info.get("deformable")
     }  # fmt: skip
     if len(pair.moving_points):
-        unrefined = None if before is None else _linear(np.array(before))
+        unrefined = None if before is None else as_transform(Outcome(np.array(before)))
         more["before_refinement_mm"] = transform_tre(unrefined, pair.moving_points, pair.fixed_points)
     return _record(row, run, pair, more)
 
@@ -101,13 +103,7 @@ def _own(pair: BenchPair, options: RunOptions, extra: Mapping[str, Any]) -> Peer
 
 def _start(ours: Mapping[str, Any] | None) -> Affine | None:
     matrix = None if ours is None else ours.get("fixed_to_moving")
-    return None if matrix is None else _linear(np.array(matrix, dtype=np.float64))
-
-
-def _linear(matrix: np.ndarray) -> Affine:
-    rotation = matrix[:3, :3]
-    rigid = np.abs(rotation.T @ rotation - np.eye(3)).max() < 1e-6
-    return Rigid(matrix) if rigid else Affine(matrix)
+    return None if matrix is None else as_transform(Outcome(np.array(matrix, dtype=np.float64)))
 
 
 def _deformable(row: Row, pair: BenchPair, options: RunOptions) -> PeerRun:
@@ -115,14 +111,9 @@ def _deformable(row: Row, pair: BenchPair, options: RunOptions) -> PeerRun:
     if row.system == "uae-deeds":
         return run_own("deeds", pair.fixed, pair.moving, options.model, options.threads, timeout_s=options.timeout_s)
     return run_peer(
-        row.system,
-        "deformable",
-        pair.fixed,
-        pair.moving,
-        Rigid.identity(),
-        options.threads,
+        row.system, "deformable", pair.fixed, pair.moving, Rigid.identity(), options.threads,
         timeout_s=options.timeout_s,
-    )
+    )  # fmt: skip
 
 
 def _folding(run: PeerRun, pair: BenchPair) -> dict[str, Any]:
@@ -141,10 +132,8 @@ def _matches(row: Row, pair: BenchPair, options: RunOptions) -> dict[str, Any]:
     """L1, L2: the moving scan is the template; every way on the same points."""
     points, truth = pair.moving_points, pair.fixed_points
     if row.scenario == "L2":
-        inside = np.flatnonzero(pair.fixed.geometry.contains(truth))
         rng = np.random.default_rng([int(pair.meta["seed"]), 2])
-        chosen = rng.choice(inside, min(L2_POINTS, len(inside)), replace=False)
-        points, truth = points[chosen], truth[chosen]
+        points, truth = points_shown(pair.fixed.geometry, points, truth, L2_POINTS, rng)
     else:
         # Landmarks of the phantom that the template shows.
         seen = pair.moving.geometry.contains(points) & pair.fixed.geometry.contains(truth)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import itertools
-import json
 import logging
 import os
 import shlex
@@ -11,6 +10,7 @@ import threading
 import time
 from collections.abc import Iterable, Mapping, Sequence
 from concurrent.futures import FIRST_COMPLETED, FIRST_EXCEPTION, Future, ThreadPoolExecutor, wait
+from dataclasses import replace
 from datetime import date
 from pathlib import Path
 from typing import Any
@@ -19,7 +19,7 @@ from uae.bench.all_plan import ALL_PEERS, OWN, STARTED, Row, plan, select
 from uae.bench.all_rows import RunOptions, measure
 from uae.bench.all_summary import summarise
 from uae.bench.data import find_data
-from uae.bench.embedding import write_json
+from uae.bench.embedding import earlier_run, write_json
 from uae.bench.pairs import Pairs
 from uae.bench.peers.run import missing_reason, settings, versions
 from uae.bench.resources import end_children
@@ -77,9 +77,9 @@ def run_all(
     path = None if json_path is None else Path(json_path)
     if quick and options.cache_folder is None and path is not None:
         # The CT of twenty cases is embedded once; what the cache holds is bit by bit what would be computed again.
-        options = RunOptions(**{**vars(options), "cache_folder": path.parent.resolve() / "embeddings"})
+        options = replace(options, cache_folder=path.parent.resolve() / "embeddings")
     meta = _meta(options, chosen, skipped, quick, jobs)
-    records = _earlier(path, meta)
+    records = {row["name"]: row for row in earlier_run(path, meta, SETTLED).get("meta", {}).get("rows", [])}
     budget = QUICK_MINUTES if quick and budget_minutes is None and not only else budget_minutes
     run = _Run(records, meta, options, Pairs(data), path, budget, progress, cancel)
     run.go(wanted, max(1, jobs))
@@ -220,18 +220,3 @@ def _meta(
         "versions": {"uae": facts["uae"], **facts["libraries"], **versions()}, "peers": list(chosen),
         "skipped": dict(skipped), "settings": settings(), "cached_embeddings": options.cache_folder is not None,
     }  # fmt: skip
-
-
-def _earlier(path: Path | None, meta: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
-    """Rows that an earlier run of the same settings has left in the file."""
-    if path is None or not path.is_file():
-        return {}
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise InputError(f"{path}: not a JSON file ({error}); choose another --json") from error
-    before = content.get("meta", {})
-    if any(before.get(key) != meta[key] for key in SETTLED):
-        logger.info("%s comes from other settings and is measured again", path)
-        return {}
-    return {record["name"]: record for record in before.get("rows", [])}

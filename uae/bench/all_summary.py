@@ -9,6 +9,7 @@ import numpy as np
 
 from uae.bench.all_plan import OWN, STARTED, VARIANTS
 from uae.bench.metrics_field import landmark_row, log_slope, registration_row
+from uae.bench.reliability import score_bins
 from uae.json_values import plain
 
 BINS = 5
@@ -153,14 +154,12 @@ def reliability(scores: np.ndarray, errors_mm: np.ndarray, bins: int = BINS) -> 
     Returns:
         For every bin `score` (mean), `within_10mm` (share 0..1), `median_mm`, `points`; lowest scores first.
     """
-    order = np.argsort(scores, kind="stable")
-    parts = [part for part in np.array_split(order, min(bins, len(order))) if len(part)]
     return [
         {
             "score": float(scores[part].mean()), "within_10mm": float((errors_mm[part] <= 10.0).mean()),
             "median_mm": float(np.median(errors_mm[part])), "points": len(part),
         }
-        for part in parts
+        for part in score_bins(scores, bins)
     ]  # fmt: skip
 
 

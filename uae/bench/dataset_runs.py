@@ -46,17 +46,8 @@ LESION_COLUMNS = (
     "med_z_mm", "med_mm", "med_std_mm", "missed",
 )  # fmt: skip
 REGISTRATION_COLUMNS = (
-    "pairs",
-    "med_mm",
-    "med_std_mm",
-    "med_voxels",
-    "max_mm",
-    "dice",
-    "mda_mm",
-    "hd95_mm",
-    "folding",
-    "refused",
-)
+    "pairs", "med_mm", "med_std_mm", "med_voxels", "max_mm", "dice", "mda_mm", "hd95_mm", "folding", "refused",
+)  # fmt: skip
 
 
 def point_pairs(
@@ -158,7 +149,8 @@ def _matched(
     pair: PointPair, template: Embedding, query: Embedding, model: Model, cancel: Cancel | None
 ) -> dict[str, Any]:
     inside = inside_scan(template, pair.template_points)
-    record: dict[str, Any] = {"pair": pair, "missed": int((~inside).sum()), "rows": np.flatnonzero(inside), "ways": {}}
+    rows = np.flatnonzero(inside)
+    record: dict[str, Any] = {"pair": pair, "missed": len(inside) - len(rows), "rows": rows, "ways": {}, "in_box": {}}
     for way in WAYS:
         places = np.zeros((0, 3))
         if inside.any():
@@ -168,6 +160,8 @@ def _matched(
             )
             places = np.array([match.point_mm for match in matches])
         record["ways"][way] = places
+        if "box" in pair.figures:
+            record["in_box"][way] = lesions.in_box(pair, places, grid_of(pair.query))
     return record
 
 
@@ -189,8 +183,8 @@ def _point_row(records: Sequence[Mapping[str, Any]], way: str, kind: str) -> dic
         np.concatenate([record["pair"].figures[name][record["rows"]] for record in records])
         for name in ("radius_mm", "size_mm")
     )
-    in_box = [lesions.in_box(r["pair"], r["ways"][way], grid_of(r["pair"].query)) for r in records]
-    return lesion_row(places, truth, radius, size, np.concatenate(in_box))
+    in_box = np.concatenate([record["in_box"][way] for record in records])
+    return lesion_row(places, truth, radius, size, in_box)
 
 
 def run_registrations(
@@ -231,11 +225,12 @@ def run_registrations(
         steps: dict[str, Transform | None] = {"initial": None, "rigid": first, "refined": outcome.linear}
         if deformable:
             steps["deformable"] = outcome.transform
+        labels = _labels(pair)
         done[pair.name] = {"status": outcome.status, "reason": outcome.reason, "steps": {}}
         for step, transform in steps.items():
             if step != "initial" and transform is None:
                 continue
-            done[pair.name]["steps"][step] = _judged(pair, scans[0], transform)
+            done[pair.name]["steps"][step] = _judged(pair, labels, transform)
         if outcome.field is not None:
             body = Volume(body_mask(scans[0]).astype(np.uint8), scans[0].geometry)
             inside = resample(body, outcome.field.geometry, fill=0, order=0).array > 0
@@ -250,20 +245,25 @@ def run_registrations(
     return result
 
 
-def _judged(pair: ImagePair, fixed: Volume, transform: Transform | None) -> dict[str, Any]:
+def _labels(pair: ImagePair) -> tuple[Volume, Volume] | None:
+    """Label maps of the fixed and the moving scan, None where the data have none."""
+    if pair.fixed_labels is None or pair.moving_labels is None:
+        return None
+    return Volume.read(pair.fixed_labels, label=True), Volume.read(pair.moving_labels, label=True)
+
+
+def _judged(pair: ImagePair, labels: tuple[Volume, Volume] | None, transform: Transform | None) -> dict[str, Any]:
     """Errors of one step (None: the scans as they are): points carried from moving to fixed, labels resampled once."""
     figures: dict[str, Any] = {}
     if pair.fixed_points is not None and pair.moving_points is not None:
         places = pair.moving_points if transform is None else transform.inverse().apply(pair.moving_points)
         figures["offset_mm"] = np.round(places - pair.fixed_points, 3)
-    if pair.fixed_labels is not None and pair.moving_labels is not None:
-        truth = Volume.read(pair.fixed_labels, label=True)
-        carried = resample(Volume.read(pair.moving_labels, label=True), truth.geometry, transform, fill=0, order=0)
+    if labels is not None:
+        truth, moving = labels
+        carried = resample(moving, truth.geometry, transform, fill=0, order=0)
         overlap = dice(truth.array, carried.array)
         apart = surface_distances(truth.array, carried.array, truth.geometry)
-        figures |= {
-            "dice": _mean(overlap.values()), "dice_by_label": overlap,
-        }  # fmt: skip
+        figures |= {"dice": _mean(overlap.values()), "dice_by_label": overlap}
         if apart:
             figures |= {key: _mean(d[key] for d in apart.values()) for key in ("mda_mm", "hd95_mm")}
     return figures

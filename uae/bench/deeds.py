@@ -7,10 +7,8 @@ import logging
 import math
 import os
 import re
-import subprocess
 import sys
 import tempfile
-import time
 from collections.abc import Mapping, Sequence
 from datetime import date
 from pathlib import Path
@@ -21,7 +19,9 @@ import SimpleITK as sitk
 
 from uae.bench.data import find_data
 from uae.bench.deeds_pairs import PAIRS, DeedsPair, make_pair
-from uae.bench.embedding import write_json
+from uae.bench.embedding import earlier_run, write_json
+from uae.bench.metrics_field import log_slope
+from uae.bench.resources import run_child
 from uae.deeds import fields
 from uae.deeds.cost import ControlGrid
 from uae.deeds.presets import PRESETS
@@ -82,7 +82,7 @@ def run_deeds_bench(
     meta = {"threads": threads, "repeats": repeats, "systems": systems, "processor": cpu_name(),
             "processors": os.cpu_count()}  # fmt: skip
     path = None if json_path is None else Path(json_path)
-    earlier = _earlier(path, meta)
+    earlier = earlier_run(path, meta, meta)
     done: dict[str, Any] = earlier.get("pairs", {})
     sizes = earlier.get("scaling", {})
     shapes = [shape for shape in SCALING_SHAPES if scaling and _size_name(shape) not in sizes]
@@ -113,21 +113,6 @@ def run_deeds_bench(
 def _save(path: Path | None, content: Mapping[str, Any]) -> None:
     if path is not None:
         write_json(path, content)
-
-
-def _earlier(path: Path | None, meta: Mapping[str, Any]) -> dict[str, Any]:
-    """What an earlier run of the same settings has left in the file."""
-    if path is None or not path.is_file():
-        return {}
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise InputError(f"{path}: not a JSON file ({error}); choose another --json") from error
-    same = content.get("meta", {})
-    if any(same.get(key) != value for key, value in meta.items()):
-        logger.info("%s comes from other settings and is measured again", path)
-        return {}
-    return content
 
 
 def _original_program(folder: Path) -> Path:
@@ -183,33 +168,6 @@ def accuracy(field: DisplacementField, pair: DeedsPair) -> dict[str, float]:
     return {"tre_mm": float(errors.mean()), "p95_mm": float(np.percentile(errors, 95)), "folding": folding}
 
 
-_WATCH = """
-import resource, subprocess, sys
-code = subprocess.run(sys.argv[2:]).returncode
-open(sys.argv[1], "w").write(str(resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss))
-sys.exit(code)
-"""
-"""A small process between: a child starts with its parent's peak memory, and this one has lately made a pair."""
-
-
-def _timed(command: Sequence[str], environment: Mapping[str, str], what: str) -> tuple[str, float, float | None]:
-    """Output, seconds and peak memory (MB, None where the system does not tell) of a process."""
-    with tempfile.TemporaryDirectory(prefix="uae-bench-") as folder:
-        watch = [] if os.name == "nt" else [sys.executable, "-c", _WATCH, str(Path(folder) / "peak")]
-        start = time.perf_counter()
-        done = subprocess.run(
-            [*watch, *command], env={**os.environ, **environment}, stdout=subprocess.PIPE, stderr=subprocess.STDOUT
-        )
-        seconds = time.perf_counter() - start
-        output = done.stdout.decode(errors="replace")
-        if done.returncode:
-            raise ResourceError(f"{what} failed with code {done.returncode}: {output.strip()[-300:]}")
-        if not watch:
-            return output, seconds, None
-        unit = 1.0 if sys.platform == "darwin" else 1024.0
-        return output, seconds, int((Path(folder) / "peak").read_text()) * unit / 1e6
-
-
 def _run_ours(
     job: Mapping[str, Any], folder: Path, pair: DeedsPair | None, threads: int
 ) -> tuple[dict[str, Any], DisplacementField | None]:
@@ -220,9 +178,9 @@ def _run_ours(
     Path(names["job"]).write_text(json.dumps(task), encoding="utf-8")
     environment = {**child_environment(), "OMP_NUM_THREADS": str(threads)}
     command = [sys.executable, "-m", "uae.bench.deeds_child", names["job"]]
-    _, seconds, peak = _timed(command, environment, f"preset {job['preset']}")
+    used = run_child(command, environment, f"preset {job['preset']}")
     run = json.loads(Path(names["figures"]).read_text(encoding="utf-8"))
-    run |= {"process_seconds": seconds, "peak_mb": peak or math.nan}
+    run |= {"process_seconds": used.seconds, "peak_mb": used.peak_mb or math.nan}
     field = None if pair is None else DisplacementField(np.load(task["field"]), pair.fixed.geometry)
     return run, field
 
@@ -232,11 +190,11 @@ def _run_original(
 ) -> tuple[dict[str, Any], DisplacementField]:
     out = folder / "original"
     command = [str(program), "-F", str(files["fixed"]), "-M", str(files["moving"]), "-O", str(out)]
-    output, seconds, peak = _timed(command, {"OMP_NUM_THREADS": str(threads)}, "deedsBCV")
+    used = run_child(command, {"OMP_NUM_THREADS": str(threads)}, "deedsBCV")
     # Its own clock leaves reading and writing out, as ours does.
-    told = re.search(r"Total time: ([0-9.]+) sec", output)
-    run = {"seconds": float(told.group(1)) if told else seconds, "process_seconds": seconds,
-           "peak_mb": peak or math.nan}  # fmt: skip
+    told = re.search(r"Total time: ([0-9.]+) sec", used.output)
+    run = {"seconds": float(told.group(1)) if told else used.seconds, "process_seconds": used.seconds,
+           "peak_mb": used.peak_mb or math.nan}  # fmt: skip
     return run, read_original(Path(f"{out}_displacements.dat"), pair)
 
 
@@ -269,10 +227,8 @@ def measure_size(shape: Sequence[int], folder: Path, threads: int) -> dict[str, 
 
 def slope(sizes: Mapping[str, Mapping[str, float]]) -> float | None:
     """Slope of log(seconds) over log(voxels), None with fewer than two sizes."""
-    if len(sizes) < 2:
-        return None
     rows = list(sizes.values())
-    return float(np.polyfit(np.log([r["voxels"] for r in rows]), np.log([r["seconds"] for r in rows]), 1)[0])
+    return log_slope([row["voxels"] for row in rows], [row["seconds"] for row in rows])
 
 
 def summarise(

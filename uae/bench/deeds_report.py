@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from uae.bench.tables import number
 from uae.files import atomic_path
 
 COLUMNS = ("tre_mm", "p95_mm", "folding", "seconds", "ratio", "peak_mb")
@@ -36,12 +37,8 @@ def write_report(result: Mapping[str, Any], folder: str | Path) -> list[Path]:
     return files
 
 
-def _number(value: float | None) -> str:
-    return "-" if value is None else f"{value:.3g}" if abs(value) < 100 else f"{value:.0f}"
-
-
 def _row(name: str, figures: Mapping[str, Any]) -> str:
-    return f"| {name} | " + " | ".join(_number(figures.get(column)) for column in COLUMNS) + " |"
+    return f"| {name} | " + " | ".join(number(figures.get(column)) for column in COLUMNS) + " |"
 
 
 def _text(result: Mapping[str, Any], with_picture: bool) -> str:
@@ -77,7 +74,7 @@ def _text(result: Mapping[str, Any], with_picture: bool) -> str:
             lines[-1] += f" Slope of log time over log voxels: {result['scaling_slope']:.2f}."
         lines += ["", "| voxels | million | seconds | peak_mb |", "|---|---|---|---|"]
         for name, row in result["scaling"].items():
-            figures = (f"{row['voxels'] / 1e6:.1f}", _number(row["seconds"]), _number(row["peak_mb"]))
+            figures = (f"{row['voxels'] / 1e6:.1f}", number(row["seconds"]), number(row["peak_mb"]))
             lines.append(f"| {name} | {' | '.join(figures)} |")
         if with_picture:
             lines += ["", "![Time over size](deeds_scaling.png)"]

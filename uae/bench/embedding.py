@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import logging
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -28,7 +28,7 @@ from uae.registration.refine import refine_rigid
 from uae.registration.relate import relate
 from uae.simulate import SETS, SimulatedPair, simulate_mr
 from uae.transform import Transform
-from uae.volume import Volume
+from uae.volume import Geometry, Volume
 
 if TYPE_CHECKING:
     from uae.models import Model
@@ -42,6 +42,9 @@ NEAREST_POINTS = 500
 FIXED_POINTS = 60
 """Points a case for fixed-point and guided matching, which cost a hundred searches each; the nearest neighbour is also
 given on the same points, so that the three compare."""
+
+SETTLED = ("model_sha256", "options", "thresholds")
+"""What must be the same for an earlier run's cases to count."""
 
 ANY_MATCH = {"score": -2.0}
 """Limits that every match passes: what is then not confident failed for a reason no limit can repair."""
@@ -69,10 +72,21 @@ def case_points(pair: SimulatedPair, count: int) -> tuple[np.ndarray, np.ndarray
         pair: whose seed decides the points.
         count: N, or all where there are fewer.
     """
-    inside = np.flatnonzero(pair.fixed.geometry.contains(pair.fixed_body_points))
     rng = np.random.default_rng([pair.meta["seed"], 1])
+    return points_shown(pair.fixed.geometry, pair.moving_body_points, pair.fixed_body_points, count, rng)
+
+
+def points_shown(
+    fixed: Geometry, points: np.ndarray, truth: np.ndarray, count: int, rng: np.random.Generator
+) -> tuple[np.ndarray, np.ndarray]:
+    """Random `count` (or all, where there are fewer) of points (N, 3) mm whose true place lies on the fixed grid.
+
+    Returns:
+        The points and their true places, (count, 3) mm each.
+    """
+    inside = np.flatnonzero(fixed.contains(truth))
     chosen = rng.choice(inside, min(count, len(inside)), replace=False)
-    return pair.moving_body_points[chosen], pair.fixed_body_points[chosen]
+    return points[chosen], truth[chosen]
 
 
 def match_record(match: Match, method: str, truth: np.ndarray | None) -> dict[str, Any]:
@@ -230,14 +244,23 @@ def read_result(path: Path | None) -> dict[str, Any]:
     return content
 
 
-def _earlier_cases(path: Path | None, meta: Mapping[str, Any]) -> list[dict[str, Any]]:
-    """Cases that an interrupted run of the same model and options has left in the file."""
+def earlier_run(path: Path | None, meta: Mapping[str, Any], settled: Iterable[str]) -> dict[str, Any]:
+    """What an earlier run has left in the file; empty where there is none, or where its settings were others.
+
+    Args:
+        path: the file.
+        meta: of this run.
+        settled: keys of `meta` that must be the same.
+
+    Raises:
+        InputError: the file is no result of a benchmark.
+    """
     content = read_result(path)
-    same = content.get("meta", {})
-    if content and any(same.get(key) != meta[key] for key in ("model_sha256", "options", "thresholds")):
-        logger.info("%s comes from another model or other options and is measured again", path)
-        return []
-    return list(content.get("cases", []))
+    before = content.get("meta", {})
+    if content and any(before.get(key) != meta[key] for key in settled):
+        logger.info("%s comes from another model or other settings and is measured again", path)
+        return {}
+    return content
 
 
 def run_embedding_bench(
@@ -286,7 +309,7 @@ def run_embedding_bench(
         "cases_per_ct": per_ct, "options": vars(options), "thresholds": model.thresholds,
     })
     path = None if json_path is None else Path(json_path)
-    cases = _earlier_cases(path, meta)
+    cases = list(earlier_run(path, meta, SETTLED).get("cases", []))
     done = {(case["set"], case["ct"], case["seed"]) for case in cases}
     wanted = [
         (subject, name, case_seed(subject, index)) for subject in subjects for name in sets for index in range(per_ct)

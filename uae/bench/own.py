@@ -44,10 +44,7 @@ def run_own(
         As `run_peer` does; `info` holds the task's figures, for register the verdict as "status", the candidate before
         refinement as "unrefined" and the figures that the verdict rests on. A refused registration keeps its candidate.
     """
-    scans = [
-        Scan(np.asarray(v.array, np.float32), v.geometry.spacing, v.geometry.origin, v.geometry.direction)
-        for v in (fixed, moving)
-    ]
+    scans = [Scan.on(volume.geometry, np.asarray(volume.array, np.float32)) for volume in (fixed, moving)]
     entries = {"task": task, "model": model, "modalities": [fixed.modality, moving.modality],
                "cache": cache_folder is not None, **options}  # fmt: skip
     job = Job("uae", task, *scans, np.eye(4)[None], threads, 0, entries)

@@ -59,9 +59,7 @@ def _register(fixed: Volume, moving: Volume, job: Job) -> Outcome:
         return Outcome(np.full((4, 4), np.nan), info=plain(info))
     if result.field is None:
         return Outcome(result.linear.matrix, info=plain(info))
-    grid = result.field.geometry
-    scan = Scan(np.zeros(grid.shape, np.uint8), grid.spacing, grid.origin, grid.direction)
-    return Outcome(result.linear.matrix, result.field.vectors, scan, plain(info))
+    return Outcome(result.linear.matrix, result.field.vectors, Scan.on(result.field.geometry), plain(info))
 
 
 def _deeds(fixed: Volume, moving: Volume, job: Job) -> Outcome:
@@ -72,9 +70,7 @@ def _deeds(fixed: Volume, moving: Volume, job: Job) -> Outcome:
     begin = time.perf_counter()
     result = deeds.register(fixed, moving, preset=job.options.get("preset", "default"), threads=job.threads)
     info = {"seconds": time.perf_counter() - begin, "consistency_mm": result.consistency_mm, "status": "done"}
-    grid = result.field.geometry
-    scan = Scan(np.zeros(grid.shape, np.uint8), grid.spacing, grid.origin, grid.direction)
-    return Outcome(np.eye(4), result.field.vectors, scan, plain(info))
+    return Outcome(np.eye(4), result.field.vectors, Scan.on(result.field.geometry), plain(info))
 
 
 def _embed(fixed: Volume, moving: Volume, job: Job) -> Outcome:

@@ -17,7 +17,8 @@ from uae.bench.data import VALIDATION_CTS, DataFolder
 from uae.bench.deeds_pairs import known_deformation
 from uae.bench.embedding import case_seed
 from uae.bench.parts import along_body
-from uae.bench.real_mr import hounsfield_from_cormack
+from uae.bench.real_mr import HEAD, PELVIS, load_scan
+from uae.bench.real_mr import PAIRS as REAL_PAIRS
 from uae.errors import InputError
 from uae.phantom import FIRST_TEST_SEED, correspondence, make_phantom
 from uae.preprocess import body_mask
@@ -29,14 +30,12 @@ from uae.volume import Geometry, Volume, resample
 
 LARGEST_MM, KNOT_MM = 12.0, 60.0
 """R2: the issue's 12 mm; knots at the smooth end of the hard set, since the field is to be followed, not guessed."""
-HEAD = "head_mni_ctmr"
 R4_PAIRS = {
-    "heads": ("ct_scct_2mm_smooth_cormack.nii.gz", "mr_mni152_t1_2mm_head.nii.gz", 500.0),
-    "brains": ("ct_scct_ss_1mm.nii.gz", "mr_mni152_t1_1mm.nii.gz", 0.0),
+    "heads": (*REAL_PAIRS["head ct/t1"], 500.0),
+    "brains": (*REAL_PAIRS["brain ct/t1"], 0.0),
 }
 """Name -> CT, T1 and the T1 signal above which a voxel is tissue."""
 R4_DEG, R4_MM, R4_CROP = (3.0, 30.0), 40.0, (0.65, 1.0)
-PROSTATE = "mr_prostatex0000_pelvis"
 R5_PAIRS = {"sagittal": ("t2_tra", "t2_sag"), "coronal": ("t2_tra", "t2_cor"), "both": ("t2_sag", "t2_cor")}
 R5_DEG, R5_MM = (3.0, 15.0), 30.0
 MAXIMUM_POINTS = 20_000
@@ -118,20 +117,14 @@ class Pairs:
         return BenchPair(first, second) if case == "forward" else BenchPair(second, first)
 
     def _head(self, part: str, case: str) -> BenchPair:
-        ct_file, mr_file, limit = R4_PAIRS[part]
-        ct = self._data.volume(f"{HEAD}/{ct_file}", "ct")
-        if part == "heads":
-            ct = ct.replace(hounsfield_from_cormack(ct.array))
-        else:
-            mask = self._data.volume(f"{HEAD}/ct_scct_ss_mask.nii.gz", "ct")
-            ct = ct.replace(np.where(mask.array > 0, ct.array, -1000.0).astype(np.float32))
-        mr = self._data.volume(f"{HEAD}/{mr_file}", "mr")
+        *names, limit = R4_PAIRS[part]
+        ct, mr = (load_scan(self._data, name) for name in names)
         number = int(case.removeprefix("move"))
         rng = np.random.default_rng([44, list(R4_PAIRS).index(part), number])
         return _turned_pair(ct, mr, rng, R4_DEG, R4_MM, R4_CROP, limit)
 
     def _prostate(self, part: str, case: str) -> BenchPair:
-        fixed, moving = (self._data.volume(f"{PROSTATE}/{name}.nii.gz", "mr") for name in R5_PAIRS[part])
+        fixed, moving = (load_scan(self._data, f"{PELVIS}/{name}") for name in R5_PAIRS[part])
         rng = np.random.default_rng([55, list(R5_PAIRS).index(part), int(case.removeprefix("move"))])
         return _turned_pair(fixed, moving, rng, R5_DEG, R5_MM, (1.0, 1.0), 0.1 * float(moving.array.mean()))
 
@@ -191,7 +184,7 @@ UNRELATED: dict[str, tuple[Callable[[DataFolder], Volume], Callable[[DataFolder]
     ),
     "head-prostate": (
         lambda data: data.volume(f"{HEAD}/ct_ts_brain_atlas_1mm.nii.gz", "ct"),
-        lambda data: data.volume(f"{PROSTATE}/t2_tra.nii.gz", "mr"),
+        lambda data: data.volume(f"{PELVIS}/t2_tra.nii.gz", "mr"),
     ),
     "chest-pelvis": (
         lambda data: data.ct("ct_lidc0001_chest"), lambda data: along_body(data.ct("ct_mij_abdpelvis"), 0.0, 0.5),

@@ -17,6 +17,11 @@ BINS = 10
 Records = Sequence[Mapping[str, Any]]
 
 
+def score_bins(scores: np.ndarray, bins: int = BINS) -> list[np.ndarray]:
+    """Numbers of scores (N,) in bins of (almost) equal counts, lowest first; fewer where there are fewer scores."""
+    return [part for part in np.array_split(np.argsort(scores, kind="stable"), bins) if len(part)]
+
+
 def reliability_curve(records: Records, bins: int = BINS) -> list[dict[str, float]]:
     """Share of matches within 10 mm by similarity.
 
@@ -30,13 +35,12 @@ def reliability_curve(records: Records, bins: int = BINS) -> list[dict[str, floa
     known = [record for record in records if record["error_mm"] is not None]
     score = np.array([record["score"] for record in known], dtype=np.float64)
     right = np.array([record["error_mm"] <= MATCH_LIMIT_MM for record in known], dtype=np.float64)
-    order = np.argsort(score, kind="stable")
     return [
         {
             "low": float(score[part].min()), "high": float(score[part].max()), "score": float(score[part].mean()),
             "matches": len(part), "under_10mm": float(right[part].mean()),
         }
-        for part in np.array_split(order, bins) if len(part)
+        for part in score_bins(score, bins)
     ]  # fmt: skip
 
 

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import numpy as np
 
-from uae.bench.peers.job import Job, Outcome, Scan, read_job, write_outcome
+from uae.bench.peers.job import Job, Outcome, read_job, write_outcome
 from uae.bench.peers.starts import lattice, mutual_information
 
 
@@ -58,12 +58,10 @@ def _after(found: Outcome, start: np.ndarray) -> Outcome:
     """The map into the other scan as it is: `found`, then the start."""
     if found.vectors is None:
         return Outcome(start @ found.matrix, info=found.info)
-    grid = Scan(np.broadcast_to(np.uint8(0), found.vectors.shape[:3]), found.grid.spacing, found.grid.origin,
-                found.grid.direction)  # fmt: skip
-    here = grid.grid_mm()
+    here = found.grid.grid_mm()
     there = (here + found.vectors.reshape(-1, 3)) @ start[:3, :3].T + start[:3, 3]
     vectors = (there - here).reshape(found.vectors.shape).astype(np.float32)
-    return Outcome(start @ found.matrix, vectors, grid, found.info)
+    return Outcome(start @ found.matrix, vectors, found.grid, found.info)
 
 
 if __name__ == "__main__":

@@ -23,6 +23,17 @@ class Scan:
     origin: np.ndarray
     direction: np.ndarray
 
+    @classmethod
+    def on(cls, grid: Any, array: np.ndarray | None = None) -> Scan:
+        """An image on the grid (spacing, origin, direction) of a geometry or another scan; None: only its place."""
+        array = np.broadcast_to(np.uint8(0), grid.shape) if array is None else array
+        return cls(array, grid.spacing, grid.origin, grid.direction)
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """(z, y, x) voxels."""
+        return self.array.shape
+
     @property
     def steps(self) -> np.ndarray:
         """(3, 3) mm of one index step along x, y, z in its columns."""

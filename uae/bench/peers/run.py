@@ -211,8 +211,7 @@ def as_transform(outcome: Outcome) -> Transform:
 
 
 def _scan(volume: Volume) -> Scan:
-    grid = volume.geometry
-    return Scan(windowed(volume.array, volume.modality), grid.spacing, grid.origin, grid.direction)
+    return Scan.on(volume.geometry, windowed(volume.array, volume.modality))
 
 
 def _box_mm3(volume: Volume) -> float:
