@@ -20,9 +20,17 @@ VARIANTS = {"uae-deformable": {"deformable": True}, "uae-affine": {"affine": Tru
 """Our own system with other options. Its result before refinement needs no run of its own."""
 DEFORMABLE = ("uae-deeds", "convexadam", "ants", "elastix")
 
-CASES_PER_CT, HARD_PER_CT, QUICK_HARD_PER_CT = 20, 25, 10
-"""Cases a CT of the standard sets; of the hard one (50 together); of the quick run (20 together)."""
+QUICK_HARD_PER_CT = 10
+"""Cases a CT of the quick run (20 together)."""
+SHARED_PER_CT = {"hard": 5, "standard30": 3, "standard15": 3}
+"""Cases a CT on which every system runs, in this order: a peer takes about a minute of a core for each."""
+OWN_PER_CT = {"hard": 25, "standard30": 20, "standard15": 20}
+"""Cases a CT of ours: 50 hard ones and 40 of each standard set."""
+MORE_PER_CT = {"hard": 10, "standard30": 5, "standard15": 5}
+"""Cases a CT of the peers where there is time, their own start and ours."""
 R2_CASES, R4_CASES, R5_CASES, L1_CASES, L2_CASES = 3, 8, 4, 6, 4
+FIRST_R2, FIRST_MOVES = 1, 2
+"""Of R2 (a CT) and of R4 and R5, what runs before the long rest."""
 R3_ORDERS = ("forward", "backward")
 SCALES = (1, 2, 4, 8)
 SCALE_TASKS = ("embed", "match", "register")
@@ -85,28 +93,49 @@ def _quick(systems: Sequence[str]) -> list[Row]:
 
 
 def _full(systems: Sequence[str], threads: int) -> list[Row]:
+    """Every scenario with a few cases for all systems first, then more cases, the slowest kinds of rows last."""
     peers = [name for name in ALL_PEERS if name in systems]
     rigid = [name for name in RIGID_PEERS if name in systems]
-    rows: list[Row] = []
-    for part in ("hard", *(name for name in SETS if name != "hard")):
-        names = cases(HARD_PER_CT if part == "hard" else CASES_PER_CT)
-        with_variants = VARIANTS if part == "hard" else ()
-        for case in names:
-            rows += [Row("R1", part, case, system) for system in (OWN, *peers)]
-            rows += [Row("R1", part, case, name + STARTED) for name in peers]
-            rows += [Row("R1", part, case, name) for name in with_variants]
-    rows += [Row("R3", part, order, name) for part in UNRELATED for order in R3_ORDERS for name in (OWN, *rigid)]
     deformable = [name for name in DEFORMABLE if name.startswith(OWN) or name in systems]
-    rows += [Row("R2", "smooth", case, name) for case in cases(R2_CASES) for name in deformable]
+    rows: list[Row] = []
+
+    def add(scenario: str, part: str, names: Iterable[str], runs: Iterable[str]) -> None:
+        runs = list(runs)
+        rows.extend(Row(scenario, part, case, name) for case in names for name in runs)
+
+    add("R1", "hard", cases(SHARED_PER_CT["hard"]), (OWN, *peers))
+    for part in UNRELATED:
+        add("R3", part, R3_ORDERS[:1], (OWN, *rigid))
+        add("R3", part, R3_ORDERS[1:], (OWN,))
+    add("R1", "standard30", cases(SHARED_PER_CT["standard30"]), (OWN, *peers))
+    add("R2", "smooth", cases(FIRST_R2), deformable)
+    for scenario, parts in (("R4", R4_PAIRS), ("R5", R5_PAIRS)):
+        for part in parts:
+            add(scenario, part, _moves(0, FIRST_MOVES), (OWN, *rigid))
+    add("R1", "hard", cases(OWN_PER_CT["hard"]), (OWN,))
+    for kind in ("ct-ct", "ct-mr"):
+        add("L1", kind, [f"pair{number}" for number in range(L1_CASES)], (OWN,))
+    for part in ("standard15", "hard"):
+        add("L2", part, cases(L2_CASES), (OWN,))
+    add("R1", "standard15", cases(SHARED_PER_CT["standard15"]), (OWN, *peers))
+    sizes = [f"x{scale}.t{number}" for number in sorted({1, threads, 2 * threads}) for scale in SCALES]
+    for task in SCALE_TASKS:
+        add("S1", task, sizes, (OWN,))
+    add("R1", "hard", cases(SHARED_PER_CT["hard"]), (OWN, *VARIANTS, *(name + STARTED for name in peers)))
+    add("R2", "smooth", cases(R2_CASES), deformable)
     for scenario, parts, count in (("R4", R4_PAIRS, R4_CASES), ("R5", R5_PAIRS, R5_CASES)):
         for part in parts:
-            for number in range(count):
-                rows += [Row(scenario, part, f"move{number}", name) for name in (OWN, *rigid)]
-    rows += [Row("L1", kind, f"pair{number}", OWN) for kind in ("ct-ct", "ct-mr") for number in range(L1_CASES)]
-    rows += [Row("L2", part, case, OWN) for part in ("standard15", "hard") for case in cases(L2_CASES)]
-    for number in sorted({1, threads, 2 * threads}):
-        rows += [Row("S1", task, f"x{scale}.t{number}", OWN) for task in SCALE_TASKS for scale in SCALES]
-    return rows
+            add(scenario, part, _moves(FIRST_MOVES, count), (OWN, *rigid))
+    for part in SETS:
+        add("R1", part, cases(MORE_PER_CT[part]), (OWN, *peers, *(name + STARTED for name in peers)))
+        add("R1", part, cases(OWN_PER_CT[part]), (OWN,))
+    for part in UNRELATED:
+        add("R3", part, R3_ORDERS[1:], rigid)
+    return list(dict.fromkeys(rows))
+
+
+def _moves(first: int, count: int) -> list[str]:
+    return [f"move{number}" for number in range(first, count)]
 
 
 def select(rows: Iterable[Row], only: Sequence[str]) -> list[Row]:

@@ -126,7 +126,9 @@ class _Run:
             for future in wait(running, return_when=FIRST_EXCEPTION)[0]:
                 future.result()
         except BaseException:
-            self.stopped.set()
+            # Whoever is writing the file ends first; nobody writes it after this run has told its error.
+            with self.lock:
+                self.stopped.set()
             pool.shutdown(wait=False, cancel_futures=True)
             end_children()
             raise
@@ -167,10 +169,10 @@ class _Run:
 
     def keep(self, record: dict[str, Any]) -> None:
         """Store a finished row with the command that repeats it; what was stopped half-way is none."""
-        if self.stopped.is_set():
-            return
         record["command"] = self.command(record["name"])
         with self.lock:
+            if self.stopped.is_set():
+                return
             self.records[record["name"]] = record
             logger.info("%s: %s, TRE %s mm", record["name"], record["status"], record.get("tre_mm"))
             if self.path is not None:
