@@ -15,6 +15,7 @@ from uae.bench.all_plan import (
     OWN,
     R3_ORDERS,
     RIGID_PEERS,
+    SHARED,
     STARTED,
     VARIANTS,
     Row,
@@ -145,6 +146,12 @@ def test_deformable_scaling_and_landmark_tables():
     deeds = result["R2"]["uae-deeds"]
     assert (deeds["tre_mm"], deeds["initial_tre_mm"], deeds["folding"]) == pytest.approx((3.0, 7.0, 0.01))
     assert result["R2"]["ants"] == {"cases": 1, "failed": 1}
+    rows.append(row("R2", "smooth", "a.1", "convexadam", 3.0, initial_tre_mm=8.0, folding=0.2))
+    shared = summarise(rows, META)["R2"]
+    # case a.0 was measured by us alone
+    assert [(shared[name]["shared"], shared[name]["tre_mm"]) for name in ("uae-deeds", "convexadam")] == [
+        (1, pytest.approx(4.0)), (1, pytest.approx(3.0)),
+    ]  # fmt: skip
     nearest = result["L1"]["ct-mr"]["nearest"]
     assert nearest["med_mm"] == pytest.approx(12.5)
     assert (nearest["cases"], nearest["failed"]) == (1, 1)
@@ -153,6 +160,16 @@ def test_deformable_scaling_and_landmark_tables():
     assert [b["within_10mm"] for b in nearest["reliability"]] == [0.0, 1.0]
     assert result["S1"]["embed"]["threads1"]["seconds_slope"] == pytest.approx(1.0)
     assert result["S1"]["embed"]["threads1"]["memory_slope"] == pytest.approx(0.0)
+
+
+def test_ours_is_compared_on_the_cases_a_peer_was_measured_on():
+    rows = [row(case=f"a.{k}", tre=tre, status="review") for k, tre in enumerate((3.0, 90.0, 90.0))]
+    rows += [row(case="a.0", system="simpleitk", tre=2.9), row(case="a.0", system="elastix", tre=50.0)]
+    result = summarise(rows, META)
+    assert result["R1"]["hard"]["uae"]["cases"] == 3
+    assert result["R1"]["hard"][SHARED]["median_tre_mm"] == pytest.approx(3.0)
+    assert losses(result) == []
+    assert SHARED not in summarise(rows[:1] + rows[3:], META)["R1"]["hard"]
 
 
 def test_reliability_by_hand():

@@ -16,12 +16,13 @@ WORST_MM = 300.0
 """Where a registration without an estimate is drawn."""
 
 
-def draw(result: Mapping[str, Any], folder: Path) -> dict[str, str]:
+def draw(result: Mapping[str, Any], folder: Path, stem: str = "all") -> dict[str, str]:
     """Draw what the result has.
 
     Args:
         result: of `all_summary.summarise`.
         folder: where to.
+        stem: how their names begin.
 
     Returns:
         File names by what they show, only those written.
@@ -36,20 +37,20 @@ def draw(result: Mapping[str, Any], folder: Path) -> dict[str, str]:
     ]  # fmt: skip
     written = {}
     if main:
-        _boxes(main, folder / "all_errors.png")
-        _field_of_view(main, folder / "all_field_of_view.png")
-        written |= {"errors": "all_errors.png", "field of view": "all_field_of_view.png"}
+        _boxes(main, folder / f"{stem}_errors.png")
+        _field_of_view(main, folder / f"{stem}_field_of_view.png")
+        written |= {"errors": f"{stem}_errors.png", "field of view": f"{stem}_field_of_view.png"}
     curves = {
         f"{scenario} {part}, {way}": table[way]["reliability"]
         for scenario in ("L1", "L2") for part, table in result.get(scenario, {}).items()
         for way in ("nearest", "fixed-point-L5") if way in table
     }  # fmt: skip
     if curves:
-        _reliability(curves, folder / "all_reliability.png")
-        written["reliability"] = "all_reliability.png"
+        _reliability(curves, folder / f"{stem}_reliability.png")
+        written["reliability"] = f"{stem}_reliability.png"
     if result.get("S1"):
-        _scaling(result["S1"], folder / "all_scaling.png")
-        written["scaling"] = "all_scaling.png"
+        _scaling(result["S1"], folder / f"{stem}_scaling.png")
+        written["scaling"] = f"{stem}_scaling.png"
     return written
 
 

@@ -16,6 +16,8 @@ RIGID_PEERS = ("simpleitk", "elastix", "ants")
 ALL_PEERS = (*RIGID_PEERS, "convexadam")
 STARTED = "@uae"
 """Ending of a system that starts from our result of the same pair."""
+SHARED = "uae-shared"
+"""Table row: ours on those cases alone that every peer in the table was measured on."""
 VARIANTS = {"uae-deformable": {"deformable": True}, "uae-affine": {"affine": True}}
 """Our own system with other options. Its result before refinement needs no run of its own."""
 DEFORMABLE = ("uae-deeds", "convexadam", "ants", "elastix")

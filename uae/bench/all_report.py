@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from uae.bench.all_figures import draw
-from uae.bench.all_plan import OWN
+from uae.bench.all_plan import OWN, SHARED
 from uae.bench.tables import table
 from uae.files import atomic_path
 
@@ -15,7 +15,9 @@ RATES = (
     "cases", "success_rate", "median_tre_mm", "median_tre_before_refinement_mm", "refusal_rate", "review_rate",
     "confident_failure_rate", "median_seconds", "median_cpu_seconds", "peak_mb",
 )  # fmt: skip
-DEFORMED = ("cases", "initial_tre_mm", "tre_mm", "floor_mm", "folding", "seconds", "cpu_seconds", "peak_mb", "failed")
+DEFORMED = (
+    "cases", "shared", "initial_tre_mm", "tre_mm", "floor_mm", "folding", "seconds", "cpu_seconds", "peak_mb", "failed",
+)  # fmt: skip
 UNRELATED = ("pairs", "confident_wrong", "refused", "review", "accepted", "failed")
 WAYS = (
     "cases", "points", "med_mm", "med_std_mm", "median_mm", "within_5mm", "within_10mm", "max_mm", "confident_share",
@@ -40,8 +42,8 @@ def write_report(result: Mapping[str, Any], folder: str | Path, name: str = "all
         InputError: no permission.
     """
     folder = Path(folder)
-    pictures = draw(result, folder)
     file = folder / name
+    pictures = draw(result, folder, file.stem)
     rows = file.with_name(f"{file.stem}_rows.md")
     for path, text in ((file, text_of(result, pictures, rows.name)), (rows, rows_text(result))):
         with atomic_path(path) as temporary:
@@ -72,9 +74,9 @@ def losses(result: Mapping[str, Any]) -> list[str]:
     found = []
     for key, title in (("R1", "R1"), ("R4", "R4"), ("R5", "R5")):
         for part, systems in result.get(key, {}).items():
-            own = systems.get(OWN)
+            own = systems.get(SHARED, systems.get(OWN))
             for name, figures in systems.items():
-                if own is None or name == OWN:
+                if own is None or name in (OWN, SHARED):
                     continue
                 on = "" if figures["cases"] == own["cases"] else f" ({figures['cases']} and {own['cases']} cases)"
                 if figures["success_rate"] > own["success_rate"] + CLOSE_RATE:

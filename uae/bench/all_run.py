@@ -104,6 +104,8 @@ class _Run:
     def go(self, wanted: Sequence[Row], jobs: int) -> None:
         """Run what is missing; `jobs` groups of rows on one pair at a time."""
         missing = [row for row in wanted if row.name not in self.records]
+        if not missing:
+            logger.warning("all rows are in %s already; remove it to measure them again", self.path)
         self.total = max(len(missing), 1)
         groups = [list(rows) for _, rows in itertools.groupby(missing, key=lambda row: row.pair)]
         if jobs == 1:

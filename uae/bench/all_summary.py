@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from uae.bench.all_plan import OWN, STARTED, VARIANTS
+from uae.bench.all_plan import OWN, SHARED, STARTED, VARIANTS
 from uae.bench.metrics_field import landmark_row, log_slope, registration_row
 from uae.bench.reliability import score_bins
 from uae.json_values import plain
@@ -43,7 +43,7 @@ def summarise(rows: Sequence[Mapping[str, Any]], meta: Mapping[str, Any]) -> dic
         if table:
             result[key] = {part: _rates(own) for part, own in table.items()}
     if by["R2"]:
-        result["R2"] = {name: _deformable(own) for name, own in _group(by["R2"], lambda row: row["system"]).items()}
+        result["R2"] = _deformable(_group(by["R2"], lambda row: row["system"]))
     if by["R3"]:
         result["R3"] = {name: _unrelated(own) for name, own in _group(by["R3"], lambda row: row["system"]).items()}
     for key in ("R4", "R5"):
@@ -89,6 +89,11 @@ def _by(
 
 def _rates(systems: Mapping[str, Sequence[Mapping[str, Any]]]) -> dict[str, Any]:
     """Figures by system. A peer accepts what it returns: "done" counts as accepted."""
+    systems = dict(systems)
+    if OWN in systems and len(systems) > 1:
+        shared = set.intersection(*({row["case"] for row in own} for own in systems.values()))
+        if shared and len(shared) < len(systems[OWN]):
+            systems[SHARED] = [row for row in systems[OWN] if row["case"] in shared]
     return {
         name: registration_row([row if row["status"] != "done" else {**row, "status": "accepted"} for row in own])
         for name, own in systems.items()
@@ -96,17 +101,23 @@ def _rates(systems: Mapping[str, Sequence[Mapping[str, Any]]]) -> dict[str, Any]
     }  # fmt: skip
 
 
-def _deformable(rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
-    found = [row for row in rows if row["tre_mm"] is not None]
-    figures: dict[str, Any] = {"cases": len(rows), "failed": len(rows) - len(found)}
-    if not found:
-        return figures
-    figures |= {key: float(np.mean([row[key] for row in found])) for key in ("initial_tre_mm", "tre_mm", "floor_mm")}
-    figures["folding"] = max(row["folding"] for row in found)
-    for key, how in (("seconds", np.median), ("cpu_seconds", np.median), ("peak_mb", np.max)):
-        values = [row[key] for row in found if row.get(key) is not None]
-        figures |= {key: float(how(values))} if values else {}
-    return figures
+def _deformable(systems: Mapping[str, Sequence[Mapping[str, Any]]]) -> dict[str, dict[str, Any]]:
+    """R2: means over the cases that no system lost, so that losing hard ones pays nobody; `failed` tells the rest."""
+    survived = [{row["case"] for row in own if row["tre_mm"] is not None} for own in systems.values()]
+    shared = set.intersection(*(cases for cases in survived if cases)) if any(survived) else set()
+    table = {}
+    for name, rows in systems.items():
+        found = [row for row in rows if row["tre_mm"] is not None and row["case"] in shared]
+        figures: dict[str, Any] = {"cases": len(rows), "failed": sum(row["tre_mm"] is None for row in rows)}
+        if found:
+            means = ("initial_tre_mm", "tre_mm", "floor_mm")
+            figures |= {"shared": len(found)} | {key: float(np.mean([row[key] for row in found])) for key in means}
+            figures["folding"] = max(row["folding"] for row in found)
+            for key, how in (("seconds", np.median), ("cpu_seconds", np.median), ("peak_mb", np.max)):
+                values = [row[key] for row in found if row.get(key) is not None]
+                figures |= {key: float(how(values))} if values else {}
+        table[name] = figures
+    return table
 
 
 def _unrelated(rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:

@@ -62,7 +62,8 @@ def lesion_row(
         truth: (N, 3) LPS mm.
         radius_mm: (N,) half of the longest RECIST diameter; not finite where the lesion has none, which DLT's script
             counts as half a radius away, that is as a hit at the radius.
-        size_mm: (N,) diagonal of the lesion's 3-D box.
+        size_mm: (N,) diagonal of the lesion's 3-D box; TLT's script counts it in voxels of its working grid, so its own
+            figures are stricter on lesions whose box has a diagonal below 10 of those.
         in_box: bool (N,).
 
     Returns:
