@@ -209,7 +209,7 @@ def test_bench_resumes_and_writes_after_every_case(monkeypatch, tmp_path):
     monkeypatch.setattr(bench, "find_data", lambda folder: type("Data", (), {"ct": staticmethod(lambda name: name)}))
     monkeypatch.setattr(bench, "body_mask", lambda ct: None)
     monkeypatch.setattr(bench, "embed", lambda *_, **__: None)
-    monkeypatch.setattr(bench, "simulate_mr", lambda ct, seed, name, body: (name, seed))
+    monkeypatch.setattr(bench, "simulate_scan", lambda ct, seed, name, modality, body: (name, seed))
     monkeypatch.setattr(bench, "run_case", fake_case)
     path, resumed = tmp_path / "bench.json", False
     with pytest.raises(KeyboardInterrupt):

@@ -10,7 +10,7 @@ from scipy.spatial.transform import Rotation
 
 import uae.simulate
 from uae.errors import InputError
-from uae.simulate import SETS, simulate_mr
+from uae.simulate import SETS, simulate_mr, simulate_scan
 from uae.volume import Geometry, Volume
 
 
@@ -160,6 +160,25 @@ def test_same_seed_same_scan(ct, pairs):
     assert not np.array_equal(first.moving.geometry.origin, pairs["hard"][1].moving.geometry.origin)
 
 
+@pytest.mark.parametrize("name", list(SETS))
+def test_other_ct_lies_where_the_mr_would_and_keeps_the_hounsfield_units(ct, pairs, name):
+    pair = simulate_scan(ct, 1, name, "ct")
+    mr = pairs[name][0]
+    assert pair.moving.modality == "ct"
+    assert np.array_equal(pair.moving_body_points, mr.moving_body_points)
+    assert np.array_equal(pair.fixed_body_points, mr.fixed_body_points)
+    assert pair.rigid_floor_mm == mr.rigid_floor_mm
+    inside = pair.fixed.geometry.contains(pair.fixed_body_points)
+    there, here = (
+        volume.sample(points[inside])
+        for volume, points in ((ct, pair.fixed_body_points), (pair.moving, pair.moving_body_points))
+    )
+    # away from edges, which thick slices blur, values differ by noise alone
+    assert np.corrcoef(there, here)[0, 1] > 0.7
+    assert abs(np.median(here - there)) < 15.0
+    assert pair.moving.array.min() >= -1024.0
+
+
 def test_grid_cuts_the_anatomy_obliquely(pairs):
     """The rotation must be in the voxels: the map between the two headers' own index axes is no plain axis order."""
     for pair in pairs["standard15"]:
@@ -175,6 +194,8 @@ def test_bad_input(ct):
         simulate_mr(ct, 0, "easy")
     with pytest.raises(InputError, match="CT"):
         simulate_mr(Volume(ct.array, ct.geometry, modality="mr"), 0, "hard")
+    with pytest.raises(InputError, match="choose mr or ct"):
+        simulate_scan(ct, 0, "hard", "pet")
     slab = Volume(ct.array[:10], Geometry((10, *ct.array.shape[1:]), *_rest(ct.geometry)), modality="ct")
     with pytest.raises(InputError, match="larger CT"):
         simulate_mr(slab, 0, "standard15")

@@ -26,7 +26,7 @@ from uae.registration.adareg import ACCEPTED
 from uae.registration.masks import body_volume
 from uae.registration.refine import refine_rigid
 from uae.registration.relate import relate
-from uae.simulate import SETS, SimulatedPair, simulate_mr
+from uae.simulate import SETS, SimulatedPair, simulate_scan
 from uae.transform import Transform
 from uae.volume import Geometry, Volume
 
@@ -52,12 +52,13 @@ ANY_MATCH = {"score": -2.0}
 
 @dataclass(frozen=True)
 class BenchOptions:
-    """How much is measured: points a case, device, refinement on or off."""
+    """How much is measured: points a case, device, refinement on or off, modality of the simulated scans."""
 
     nearest_points: int = NEAREST_POINTS
     fixed_points: int = FIXED_POINTS
     device: str = "auto"
     refine: bool = True
+    moving: str = "mr"
 
 
 def case_seed(subject: str, index: int) -> int:
@@ -276,7 +277,7 @@ def run_embedding_bench(
     progress: Progress | None = None,
     cancel: Cancel | None = None,
 ) -> dict[str, Any]:
-    """Measure a model on simulated MR scans of the validation CTs.
+    """Measure a model on simulated MR (or CT) scans of the validation CTs.
 
     Args:
         model: the weights with their thresholds.
@@ -325,7 +326,7 @@ def run_embedding_bench(
             loaded = (subject, ct, body_mask(ct), embed(ct, model, device=options.device, cancel=cancel))
         _, ct, body, fixed = loaded
         start = time.perf_counter()
-        pair = simulate_mr(ct, seed, PARTIAL_FROM if name == PARTIAL else name, body)
+        pair = simulate_scan(ct, seed, PARTIAL_FROM if name == PARTIAL else name, options.moving, body)
         simulated = round(time.perf_counter() - start, 2)
         if name == PARTIAL:
             pair = partial_pair(pair)

@@ -20,7 +20,7 @@ from uae.phantom import VALIDATION_SEEDS, make_phantom
 from uae.progress import Cancel, Progress, check_cancel, report
 from uae.registration.adareg import body_points, spread_sample
 from uae.registration.relate import relate
-from uae.simulate import simulate_mr
+from uae.simulate import simulate_scan
 from uae.volume import Volume
 
 if TYPE_CHECKING:
@@ -48,12 +48,13 @@ class NegativePair:
     moving: Volume
 
 
-def negative_pairs(data: DataFolder, per_kind: int = 4) -> Iterator[NegativePair]:
+def negative_pairs(data: DataFolder, per_kind: int = 4, modality: str = "mr") -> Iterator[NegativePair]:
     """Pairs from the validation subjects and phantoms of validation seeds, one after the other (each holds two scans).
 
     Args:
         data: the real volumes.
         per_kind: simulated scans for every pairing and set, and phantom pairs.
+        modality: of the second scans; with "ct" other people are phantoms instead of the real MR scans.
     """
     abdomen, chest = data.ct(ABDOMEN), data.ct(CHEST)
     pelvis, upper = along_body(abdomen, 0.0, 0.45), along_body(abdomen, 0.55, 1.0)
@@ -63,19 +64,30 @@ def negative_pairs(data: DataFolder, per_kind: int = 4) -> Iterator[NegativePair
     for set_name in SETS_USED:
         for index in range(per_kind):
             seed = SEED_OFFSET + index
-            of_pelvis, of_chest = (simulate_mr(ct, seed, set_name).moving for ct in (pelvis, chest))
+            of_pelvis, of_chest = (simulate_scan(ct, seed, set_name, modality).moving for ct in (pelvis, chest))
             yield NegativePair(f"chest CT / {set_name} {seed} of the pelvis", NO_OVERLAP, chest, of_pelvis)
             yield NegativePair(f"pelvis CT / {set_name} {seed} of another chest", NO_OVERLAP, pelvis, of_chest)
             yield NegativePair(f"upper part of a CT / {set_name} {seed} of its lower", NO_OVERLAP, upper, of_pelvis)
     for index in range(per_kind):
         seed = VALIDATION_SEEDS[0] + 2 * index
         top = make_phantom(seed, mr=False, part="chest").ct
-        bottom = make_phantom(seed + index % 2, ct=False, part="pelvis", mr_slice_mm=4.0).mr
+        bottom = _phantom_scan(seed + index % 2, modality, "pelvis")
         yield NegativePair(f"phantom {seed} chest / phantom {seed + index % 2} pelvis", NO_OVERLAP, top, bottom)
+    if modality == "ct":
+        for index in range(per_kind):
+            seed = VALIDATION_SEEDS[0] + 2 * index
+            first, second = (_phantom_scan(s, "ct", ("torso", "chest")[index % 2]) for s in (seed, seed + 1))
+            yield NegativePair(f"phantom {seed} / phantom {seed + 1}", OTHER_SUBJECT, first, second)
+        return
     for name in VALIDATION_MRS:
         yield NegativePair(
             f"abdomen CT / {name}", OTHER_SUBJECT, abdomen, data.volume(f"{name}/mr.nii.gz", "mr")
         )
+
+
+def _phantom_scan(seed: int, modality: str, part: str) -> Volume:
+    phantom = make_phantom(seed, ct=modality == "ct", mr=modality == "mr", part=part, mr_slice_mm=4.0)
+    return phantom.ct if modality == "ct" else phantom.mr
 
 
 def run_negatives(
@@ -84,6 +96,7 @@ def run_negatives(
     per_kind: int = 4,
     json_path: str | Path | None = None,
     device: str = "auto",
+    modality: str = "mr",
     progress: Progress | None = None,
     cancel: Cancel | None = None,
 ) -> list[dict[str, Any]]:
@@ -95,6 +108,7 @@ def run_negatives(
         per_kind: see `negative_pairs`.
         json_path: all records, written after every pair.
         device: as in `embed`.
+        modality: see `negative_pairs`.
         progress: told the share of pairs done, stage "negatives".
         cancel: asked between and within pairs.
 
@@ -106,8 +120,8 @@ def run_negatives(
         CancelledError: the user stopped.
     """
     records: list[dict[str, Any]] = []
-    total = 3 + 6 * per_kind + per_kind + len(VALIDATION_MRS)
-    for pair in negative_pairs(find_data(data_dir), per_kind):
+    total = 3 + 6 * per_kind + per_kind + (per_kind if modality == "ct" else len(VALIDATION_MRS))
+    for pair in negative_pairs(find_data(data_dir), per_kind, modality):
         check_cancel(cancel)
         report(progress, "negatives", len(records) / total)
         fixed, moving = (embed(scan, model, device=device, cancel=cancel) for scan in (pair.fixed, pair.moving))

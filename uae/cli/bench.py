@@ -74,11 +74,11 @@ def run_dataset(arguments: argparse.Namespace, session: Session, output: Path) -
     if not arguments.dataset:
         raise InputError(f"`bench {arguments.name}` needs --dataset, the folder of the data in their published layout")
     from uae.bench import dataset_runs
-    from uae.models import load_model
+    from uae.models import default_model, load_model
 
     if arguments.name == "registration":
         pairs = dataset_runs.image_pairs(arguments.dataset, arguments.split)
-        model = load_model(arguments.model or "uae-m")
+        model = load_model(arguments.model or default_model(*pairs[0].modalities))
         return dataset_runs.run_registrations(
             pairs, model, not arguments.no_deformable, arguments.device, arguments.threads or 2, arguments.limit,
             output, session.progress,
@@ -86,7 +86,7 @@ def run_dataset(arguments: argparse.Namespace, session: Session, output: Path) -
     points = dataset_runs.point_pairs(
         arguments.name, arguments.dataset, arguments.split, arguments.template, arguments.reversed_slices
     )
-    model = load_model(arguments.model or "uae-m")
+    model = load_model(arguments.model or default_model(*points[0].modalities))
     return dataset_runs.run_points(
         points, model, arguments.name, arguments.device, arguments.limit, output, session.progress
     )

@@ -89,6 +89,9 @@ def add_commands(commands: argparse._SubParsersAction) -> None:
         help="edges of the seed cube in cells for matching between subjects, 0: nearest neighbour; compares them "
         "on the simulated sets as well (default of the studies: 0,3,5,7, as in the papers)",
     )
+    embedding.add_argument(
+        "--moving", choices=("mr", "ct"), default="mr", help="what the simulated scans are (default: mr)"
+    )
     solver = bench.add_argument_group("deeds only")
     solver.add_argument("--deedsbcv", metavar="DIR", help="also run the original: the folder of a built deedsBCV")
     solver.add_argument("--pairs", type=names_of, default=[], metavar="A,B", help="only these pairs")
@@ -237,6 +240,6 @@ def _bench_embedding(arguments: argparse.Namespace, session: Session, output: Pa
         quick=arguments.quick,
         sides=sides,
         json_path=output,
-        options=BenchOptions(fixed_points=points, device=arguments.device),
+        options=BenchOptions(fixed_points=points, device=arguments.device, moving=arguments.moving),
         progress=session.progress,
     )

@@ -205,3 +205,20 @@ def scanner_effects(image: np.ndarray, spacing: np.ndarray, rng: np.random.Gener
     real = image + sigma * rng.standard_normal(image.shape, dtype=np.float32)
     imaginary = sigma * rng.standard_normal(image.shape, dtype=np.float32)
     return np.rint(np.hypot(real, imaginary) * rng.uniform(250.0, 1800.0)).astype(np.float32)
+
+
+def ct_effects(image: np.ndarray, spacing: np.ndarray, rng: np.random.Generator) -> np.ndarray:
+    """Another reconstruction of a CT: sharpness and correlated noise of a softer or harder kernel.
+
+    Args:
+        image: (z, y, x) HU on the scan's grid.
+        spacing: (z, y, x) mm.
+        rng: source of all randomness.
+
+    Returns:
+        (z, y, x) float32, whole HU from -1024.
+    """
+    image = gaussian_mm(image, rng.uniform(0.0, 0.8), spacing)
+    noise = gaussian_mm(rng.standard_normal(image.shape, dtype=np.float32), rng.uniform(0.5, 1.2), spacing)
+    noise *= rng.uniform(10.0, 40.0) / max(float(noise.std()), 1e-6)
+    return np.maximum(np.rint(image + noise), -1024.0).astype(np.float32)

@@ -1,4 +1,4 @@
-"""One simulated MR scan of a real CT: placement, truth, signal, slices."""
+"""One simulated MR (or CT) scan of a real CT: placement, truth, signal, slices."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from scipy import ndimage
 from uae.errors import InputError
 from uae.preprocess import body_mask
 from uae.registration.rigid import arun
-from uae.simulate.contrast import classify, gaussian_mm, render, scanner_effects
+from uae.simulate.contrast import classify, ct_effects, gaussian_mm, render, scanner_effects
 from uae.simulate.pose import MINIMUM_BODY_SHARE, SETS, Placement, SetDefinition, propose, random_displacement
 from uae.transform import Composite, Transform
 from uae.volume import Geometry, Volume
@@ -24,12 +24,12 @@ AIR_HU = -1024.0
 
 @dataclass
 class SimulatedPair:
-    """A CT and a simulated MR scan of the same patient with the exact truth.
+    """A CT and a simulated scan of the same patient with the exact truth.
 
-    fixed: the CT as given. moving: the MR on its own grid, modality 'mr'.
+    fixed: the CT as given. moving: the simulated scan on its own grid, modality 'mr' or 'ct'.
     fixed_to_moving, moving_to_fixed: exact inverses of each other inside the scan (0.02 mm).
     rigid_floor_mm: mean residual of the least-squares rigid fitted to the true places.
-    moving_body_points: (N, 3) centres of the MR's body voxels, mm (a random 20000 where there are more).
+    moving_body_points: (N, 3) centres of its body voxels, mm (a random 20000 where there are more).
     fixed_body_points: (N, 3) their true places in the CT, mm.
     meta: seed, set, share, rotation_deg, rms_mm, knot_mm, body_share, tables, slice orientation.
     """
@@ -56,10 +56,30 @@ def simulate_mr(ct: Volume, seed: int, set_name: str, body: np.ndarray | None = 
     Raises:
         InputError: unknown set, an image that is no CT, or a CT too small for the set's field of view.
     """
+    return simulate_scan(ct, seed, set_name, "mr", body)
+
+
+def simulate_scan(
+    ct: Volume, seed: int, set_name: str, modality: str = "mr", body: np.ndarray | None = None
+) -> SimulatedPair:
+    """Simulate another scan of a CT: place, turn, field of view, slices and deformation are the same for both kinds.
+
+    Args:
+        ct: as in `simulate_mr`.
+        seed: likewise.
+        set_name: likewise.
+        modality: 'mr', or 'ct' for another CT of the same patient: other noise and sharpness, air instead of a couch.
+        body: as in `simulate_mr`.
+
+    Raises:
+        InputError: as `simulate_mr`, or unknown modality.
+    """
     if set_name not in SETS:
         raise InputError(f"unknown set '{set_name}'; choose one of {', '.join(SETS)}")
+    if modality not in ("mr", "ct"):
+        raise InputError(f"cannot simulate a scan of modality '{modality}'; choose mr or ct")
     if ct.modality not in (None, "ct"):
-        raise InputError(f"a simulated MR needs a CT, got modality '{ct.modality}'; pass a CT volume")
+        raise InputError(f"a simulated scan needs a CT, got modality '{ct.modality}'; pass a CT volume")
     definition = SETS[set_name]
     rng = np.random.default_rng([int(seed), list(SETS).index(set_name)])
     if body is None:
@@ -78,12 +98,12 @@ def simulate_mr(ct: Volume, seed: int, set_name: str, body: np.ndarray | None = 
     fitted = arun(moving_points, fixed_points)
     floor = float(np.linalg.norm(fitted.apply(moving_points) - fixed_points, axis=1).mean())
 
-    image, tables = _scan(ct, body, placement, truth, definition, rng)
+    image, tables = _scan(ct, body, placement, truth, definition, modality, rng)
     meta |= {
         "seed": int(seed), "set": set_name, "share": placement.share, "rotation_deg": placement.rotation_deg,
         "slices": placement.slice_axis, "body_share": float(is_body.mean()), "tables": tables,
     }
-    moving = Volume(image, grid, modality="mr", modality_reason="simulated")
+    moving = Volume(image, grid, modality=modality, modality_reason="simulated")
     return SimulatedPair(ct, moving, truth.inverse(), truth, floor, moving_points, fixed_points, meta)
 
 
@@ -158,10 +178,10 @@ def _work_grid(ct: Volume, body: np.ndarray, points: np.ndarray) -> tuple[np.nda
 
 
 def _scan(
-    ct: Volume, body: np.ndarray, placement: Placement, truth: Transform, definition: SetDefinition,
+    ct: Volume, body: np.ndarray, placement: Placement, truth: Transform, definition: SetDefinition, modality: str,
     rng: np.random.Generator,
 ) -> tuple[np.ndarray, list[str]]:
-    """MR voxels (z, y, x) of the placed scan and the names of its contrast tables."""
+    """Voxels (z, y, x) of the placed scan and the names of its contrast tables (none for a CT)."""
     grid = placement.geometry
     corners = truth.apply(_lattice(grid))
     hu, inside, work = _work_grid(ct, body, corners)
@@ -169,8 +189,12 @@ def _scan(
     if definition.rms_mm is not None:
         hu = ndimage.median_filter(hu, 3)
         hu = gaussian_mm(hu, rng.uniform(0.8, 1.5) * DETAIL_VOXEL_MM, spacing)
-    tissue = classify(hu, inside, spacing)
-    signal, tables = render(tissue, rng, regional=definition.rms_mm is not None)
+    tables: list[str] = []
+    if modality == "ct":
+        signal, outside = np.where(inside, hu, AIR_HU), AIR_HU
+    else:
+        tissue = classify(hu, inside, spacing)
+        (signal, tables), outside = render(tissue, rng, regional=definition.rms_mm is not None), 0.0
 
     # Thick slices: the signal, not the HU, is averaged over a slice profile with the slice's thickness as its FWHM.
     thickness = grid.spacing[2]
@@ -185,8 +209,9 @@ def _scan(
     for plane in range(planes):
         flat[:, 2] = -1.0 + (plane + 0.5) / per_slice - 0.5
         index = work.mm_to_index(truth.apply(grid.index_to_mm(flat)))
-        values = ndimage.map_coordinates(signal, index.T[::-1], order=1, mode="constant", cval=0.0, prefilter=False)
+        values = ndimage.map_coordinates(signal, index.T[::-1], order=1, mode="constant", cval=outside, prefilter=False)
         values = values.reshape(grid.shape[1:])
         for k in range(max(0, plane // per_slice - 2), min(grid.shape[0], plane // per_slice + 1)):
             image[k] += np.float32(profile[plane - k * per_slice]) * values
-    return scanner_effects(image, grid.spacing[::-1], rng), tables
+    effects = ct_effects if modality == "ct" else scanner_effects
+    return effects(image, grid.spacing[::-1], rng), tables
