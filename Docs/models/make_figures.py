@@ -1,0 +1,103 @@
+"""Pictures of the model cards: learning curves, and validation cases that the model gets wrong.
+
+    python Docs/models/make_figures.py curve RUN/log.jsonl Docs/models/uae-m_curve.png
+    UAE_DATA=... python Docs/models/make_figures.py cases uae-m mr ct_mij_abdpelvis:hard:1003,... Docs/models/x.png
+
+A case stands in the JSON of `uae bench embedding`: its CT, set and seed.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+from matplotlib.figure import Figure
+
+from uae.bench.data import find_data
+from uae.bench.metrics import transform_tre
+from uae.bench.parts import PARTIAL, PARTIAL_FROM, partial_pair
+from uae.embedding import embed
+from uae.files import atomic_path
+from uae.models import load_model
+from uae.registration.relate import relate
+from uae.simulate import simulate_scan
+from uae.volume import Geometry, Volume, resample
+
+logger = logging.getLogger(__name__)
+
+SMOOTHED_STEPS = 50
+FIGURES = {"joint": "appearance, both heads", "semantic": "semantic", "excess": "semantic, above log n"}
+CT_WINDOW_HU = (-200.0, 300.0)
+
+
+def save(figure: Figure, path: Path) -> None:
+    """Write a PNG that appears whole or not at all."""
+    with atomic_path(path) as temporary:
+        figure.savefig(temporary, dpi=100, format="png")
+
+
+def curve(log: Path, output: Path) -> None:
+    """Losses of a run over its steps, each smoothed over SMOOTHED_STEPS values."""
+    records = [json.loads(line) for line in log.read_text(encoding="utf-8").splitlines()]
+    names = [name for name in FIGURES if any(name in record for record in records)]
+    figure = Figure(figsize=(4.0 * len(names), 3.0), layout="constrained")
+    for axis, name in zip(np.atleast_1d(figure.subplots(1, len(names))), names, strict=True):
+        steps, values = np.array([(r["step"], r[name]) for r in records if name in r]).T
+        width = min(SMOOTHED_STEPS, len(values))
+        axis.plot(steps, values, ".", markersize=1, alpha=0.25)
+        axis.plot(steps[width - 1 :], np.convolve(values, np.full(width, 1.0 / width), "valid"))
+        axis.set(xlabel="step", ylabel="loss", title=FIGURES[name], ylim=tuple(np.quantile(values, [0.001, 0.98])))
+    save(figure, output)
+
+
+def middle(volume: Volume) -> np.ndarray:
+    """The slice (y, x) through the middle of a volume."""
+    return np.asarray(volume.array[volume.array.shape[0] // 2])
+
+
+def cases(model_name: str, modality: str, names: Sequence[str], output: Path) -> None:
+    """One row a case: a slice of the moving scan, and of the CT at the true and at the found place."""
+    model, data = load_model(model_name), find_data(None)
+    figure = Figure(figsize=(9.0, 3.1 * len(names)), layout="constrained")
+    axes = figure.subplots(len(names), 3, squeeze=False)
+    for row, name in zip(axes, names, strict=True):
+        subject, set_name, seed = name.split(":")
+        pair = simulate_scan(data.ct(subject), int(seed), PARTIAL_FROM if set_name == PARTIAL else set_name, modality)
+        if set_name == PARTIAL:
+            pair = partial_pair(pair)
+        fixed, moving = (embed(scan, model, cache=False) for scan in (pair.fixed, pair.moving))
+        found = relate(pair.fixed, pair.moving, fixed, moving, model, "auto").found
+        tre = transform_tre(found.transform, pair.moving_body_points, pair.fixed_body_points)
+        slab = _square_pixels(pair.moving.geometry)
+        places = [pair.moving_to_fixed, None if found.transform is None else found.transform.inverse()]
+        shown = [middle(resample(pair.moving, slab))]
+        shown += [np.zeros((1, 1)) if place is None else middle(resample(pair.fixed, slab, place)) for place in places]
+        windows = [tuple(np.percentile(shown[0], (1, 99))) if modality == "mr" else CT_WINDOW_HU, *[CT_WINDOW_HU] * 2]
+        wrong = "nothing found" if tre is None else f"found: {tre:.0f} mm off (floor {pair.rigid_floor_mm:.0f})"
+        titles = (f"{set_name} {seed}, {modality.upper()}", "CT, true place", f"{wrong}, {found.verdict}")
+        for axis, image, window, title in zip(row, shown, windows, titles, strict=True):
+            axis.imshow(image, cmap="gray", vmin=window[0], vmax=window[1], aspect="equal")
+            axis.set_title(title, fontsize=9)
+            axis.axis("off")
+        logger.info("%s: TRE %s mm, %s", name, tre, found.verdict)
+    save(figure, output)
+
+
+def _square_pixels(grid: Geometry) -> Geometry:
+    """The grid's box with cubic voxels, so that a slice keeps its shape."""
+    step = float(grid.spacing.min())
+    count = np.maximum(np.round(grid.size * grid.spacing / step), 1).astype(int)
+    first = grid.index_to_mm(((step / grid.spacing - 1.0) / 2.0)[None])[0]
+    return Geometry(tuple(int(n) for n in count[::-1]), np.full(3, step), first, grid.direction)
+
+
+if __name__ == "__main__":
+    logging.basicConfig(level=logging.INFO, format="%(message)s")
+    if sys.argv[1] == "curve":
+        curve(Path(sys.argv[2]), Path(sys.argv[3]))
+    else:
+        cases(sys.argv[2], sys.argv[3], sys.argv[4].split(","), Path(sys.argv[5]))
