@@ -1,20 +1,22 @@
 """Rigid refinement inside the overlap by mutual information, started from the embedding's transform.
 
 The embedding's cells are 4 mm wide and its rigid is some millimetres off; planning needs 1-2 mm. Mutual information is
-accurate close to the answer and wrong far from it, so a result that moves far is discarded, never trusted.
+accurate close to the answer and wrong far from it, so the embedding's rigid stays in the objective as a prior, and a
+result that moves far all the same is discarded, never trusted.
 """
 
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 
 import numpy as np
-import SimpleITK as sitk
+from scipy import ndimage
+from scipy.optimize import minimize
+from scipy.spatial.transform import Rotation
 
 from uae.progress import Cancel, Progress, check_cancel, report
+from uae.registration.information import JointHistogram
 from uae.registration.masks import inside
 from uae.registration.rigid import arun, box_corners
 from uae.transform import Affine, Rigid
@@ -25,16 +27,34 @@ log = logging.getLogger(__name__)
 MAX_MOVED_MM = 10.0  # contract, section 7
 MAX_TURNED_DEG = 5.0
 WORKING_SPACING_MM = 1.5  # finer voxels cost time and add no accuracy to a rigid fit over a whole overlap
-BINS = 32  # our measurement, as the sampled share and the two levels
-SAMPLED_SHARE = 0.2
-MAX_SAMPLES = 60_000  # keeps the step at seconds for large overlaps
+SAMPLES = 30_000
 MIN_VOXELS = 2_000  # a joint histogram of 32 x 32 bins needs a few samples a bin
 CT_WINDOW_HU = (
     -300.0,
     400.0,
 )  # fat to trabecular bone: over the whole range of CT, 32 bins would not tell soft tissues apart
 MR_PERCENTILES = (0.5, 99.5)
-LEVELS_MM = (3.0, 0.0)  # smoothing of the two levels
+
+
+@dataclass(frozen=True)
+class Round:
+    """One search.
+
+    smoothing_mm: of both images. step_mm: its first step. prior: what moving the body by PRIOR_MM (root mean square)
+    costs, in units of the mutual information at the start.
+    """
+
+    smoothing_mm: float
+    step_mm: float
+    prior: float
+
+
+ROUNDS = (Round(2.0, 2.0, 0.4), Round(0.0, 0.7, 0.4), Round(0.0, 0.5, 0.1))
+"""Our measurement on 30 simulated pairs of the validation CTs. Without a prior a third of the deformed pairs ran away
+(and the rest ended 0.3 mm worse than they began); with 0.4 throughout, sharp pairs keep a fifth of their error."""
+PRIOR_MM = 10.0
+LEAST_INFORMATION = 1e-6  # nats; one of the two is flat
+SWEEPS = 4  # of Powell's method; more change nothing
 
 
 @dataclass(frozen=True)
@@ -92,44 +112,6 @@ def _mask_on(mask: Volume | None, geometry: Geometry, transform: Affine | None =
     if mask is None:
         return np.ones(geometry.shape, dtype=bool)
     return resample(mask, geometry, transform, fill=0.0, order=0).array > 0
-
-
-def _mask_image(mask: np.ndarray, geometry: Geometry) -> sitk.Image:
-    """SimpleITK mask image of a bool array."""
-    return Volume(mask.astype(np.uint8), geometry).to_sitk()
-
-
-def _method(fixed_mask: sitk.Image, moving_mask: sitk.Image) -> sitk.ImageRegistrationMethod:
-    """Mattes mutual information inside both masks."""
-    method = sitk.ImageRegistrationMethod()
-    method.SetMetricAsMattesMutualInformation(numberOfHistogramBins=BINS)
-    method.SetMetricFixedMask(fixed_mask)
-    method.SetMetricMovingMask(moving_mask)
-    method.SetInterpolator(sitk.sitkLinear)
-    return method
-
-
-@contextmanager
-def _one_thread() -> Iterator[None]:
-    """ITK on one thread: the order of parallel sums changes last digits, and one pair must have one result.
-
-    The method's own setting does not reach the threads of its metric, so the process-wide one is borrowed.
-    """
-    threads = sitk.ProcessObject.GetGlobalDefaultNumberOfThreads()
-    sitk.ProcessObject.SetGlobalDefaultNumberOfThreads(1)
-    try:
-        yield
-    finally:
-        sitk.ProcessObject.SetGlobalDefaultNumberOfThreads(threads)
-
-
-def _matrix(transform: sitk.Transform) -> np.ndarray:
-    """4x4 matrix of any linear SimpleITK transform, read off four points."""
-    origin = np.array(transform.TransformPoint((0.0, 0.0, 0.0)))
-    columns = [np.array(transform.TransformPoint(tuple(axis))) - origin for axis in np.eye(3)]
-    matrix = np.eye(4)
-    matrix[:3, :3], matrix[:3, 3] = np.column_stack(columns), origin
-    return matrix
 
 
 def overlap_points(fixed: Geometry, moving: Geometry, initial: Affine, step_mm: float = 4.0) -> np.ndarray:
@@ -190,41 +172,16 @@ def refine_rigid(
         return RefineResult(
             initial, 0.0, 0.0, False, f"the overlap holds only {count} voxels, too few to refine", failed=True
         )
-    fixed_image = _window(resample(fixed, fixed_grid, antialias=True), fixed_body).to_sitk()
-    moving_image = _window(resample(moving, moving_grid, initial, antialias=True), moving_body).to_sitk()
-    share = min(SAMPLED_SHARE, MAX_SAMPLES / fixed_body.size)
-    masks = _mask_image(fixed_body, fixed_grid), _mask_image(moving_body, moving_grid)
+    fixed_image = _window(resample(fixed, fixed_grid, antialias=True), fixed_body)
+    moving_image = _window(resample(moving, moving_grid, initial, antialias=True), moving_body)
     corners = box_corners(points)
-    center = corners.mean(axis=0)
-    correction = sitk.Euler3DTransform()
-    correction.SetCenter(center.tolist())
-    method = _method(*masks)
-    method.SetMetricSamplingStrategy(method.RANDOM)
-    method.SetMetricSamplingPercentage(share, seed + 1)  # SimpleITK takes 0 for the wall clock
-    method.SetOptimizerAsRegularStepGradientDescent(
-        2.0, 0.01, 150, relaxationFactor=0.5, gradientMagnitudeTolerance=1e-8
-    )
-    # One radian moves the body by its radius: with this scale a step of the optimiser is a movement in millimetres.
-    radius = float(np.sqrt(np.square(points - center).sum(axis=1).mean()))
-    method.SetOptimizerScales([radius**2] * 3 + [1.0] * 3)
-    method.SetShrinkFactorsPerLevel([1] * len(LEVELS_MM))
-    method.SetSmoothingSigmasPerLevel(list(LEVELS_MM))
-    method.SmoothingSigmasAreSpecifiedInPhysicalUnitsOn()
-    method.SetInitialTransform(correction, True)
-    if cancel is not None:
-        method.AddCommand(sitk.sitkIterationEvent, lambda: method.StopRegistration() if cancel() else None)
-    try:
-        with _one_thread():
-            method.Execute(fixed_image, moving_image)
-            check_cancel(cancel)
-            turn = _matrix(correction)
-            refined = _compose(initial, turn)
-            before, after = (_information(fixed_image, moving_image, masks, m) for m in (np.eye(4), turn))
-    except RuntimeError as error:
-        log.warning("refinement failed: %s", str(error).strip().splitlines()[-1])
-        return RefineResult(
-            initial, 0.0, 0.0, False, "mutual information could not be computed in the overlap", failed=True
-        )
+    search = _Search(fixed_image, fixed_body, moving_image, moving_body, points, seed, progress, cancel)
+    before = search.information(np.eye(4))
+    if before <= LEAST_INFORMATION:
+        reason = "the scans share no information in the overlap"
+        return RefineResult(initial, 0.0, 0.0, False, reason, failed=True, metric_before=before)
+    turn = search.run()
+    refined, after = _compose(initial, turn), search.information(turn)
     moved = float(np.linalg.norm(refined.apply(corners) - initial.apply(corners), axis=1).max())
     turned = float(np.degrees(np.arccos(np.clip((np.trace(turn[:3, :3]) - 1.0) / 2.0, -1.0, 1.0))))
     report(progress, "refine", 1.0)
@@ -254,10 +211,58 @@ def _compose(initial: Affine, turn: np.ndarray) -> Affine:
     return Rigid.from_rotation(matrix[:3, :3], matrix[:3, 3]) if isinstance(initial, Rigid) else Affine(matrix)
 
 
-def _information(
-    fixed: sitk.Image, moving: sitk.Image, masks: tuple[sitk.Image, sitk.Image], matrix: np.ndarray
-) -> float:
-    """Mutual information of two images under a 4x4 matrix, over all voxels of both masks."""
-    method = _method(*masks)
-    method.SetInitialTransform(Affine(matrix).to_sitk())
-    return -float(method.MetricEvaluate(fixed, moving))
+class _Search:
+    """Maximises mutual information less the price of moving: by Powell's method over three turns and three shifts."""
+
+    def __init__(
+        self, fixed: Volume, fixed_body: np.ndarray, moving: Volume, moving_body: np.ndarray, points: np.ndarray,
+        seed: int, progress: Progress | None, cancel: Cancel | None,
+    ) -> None:  # fmt: skip
+        self.fixed, self.moving, self.moving_body = fixed, moving, moving_body
+        self.progress, self.cancel = progress, cancel
+        self.center = points.mean(axis=0)
+        # A turn is counted by how far it moves the body, so that all six parameters are millimetres.
+        self.radius = float(np.sqrt(np.square(points - self.center).sum(axis=1).mean()))
+        self.spread = np.cov((points - self.center).T, bias=True)
+        cells = np.flatnonzero(fixed_body)
+        chosen = np.random.default_rng(seed).choice(cells, min(SAMPLES, len(cells)), replace=False)
+        self.cells = np.unravel_index(np.sort(chosen), fixed_body.shape)
+        self.places = fixed.geometry.index_to_mm(np.stack(self.cells[::-1], axis=1))
+        self.information = self._histogram(0.0)
+
+    def _histogram(self, smoothing_mm: float) -> JointHistogram:
+        fixed, moving = (
+            ndimage.gaussian_filter(volume.array.astype(np.float32), smoothing_mm / volume.geometry.spacing[::-1])
+            for volume in (self.fixed, self.moving)
+        )
+        return JointHistogram(fixed[self.cells], self.places, moving, self.moving_body, self.moving.geometry)
+
+    def run(self) -> np.ndarray:
+        """The best correction, 4x4: fixed -> fixed, applied before the initial transform."""
+        best = np.zeros(6)
+        for count, stage in enumerate(ROUNDS):
+            report(self.progress, "refine", count / len(ROUNDS))
+            information = self._histogram(stage.smoothing_mm) if stage.smoothing_mm else self.information
+            unit = max(information(np.eye(4)), LEAST_INFORMATION)
+
+            def cost(values: np.ndarray, information=information, unit=unit, prior=stage.prior) -> float:
+                check_cancel(self.cancel)
+                matrix = self.matrix(values)
+                return prior * self.moved_squared(matrix) / PRIOR_MM**2 - information(matrix) / unit
+
+            options = {"xtol": 0.03, "ftol": 1e-5, "maxiter": SWEEPS, "direc": stage.step_mm * np.eye(6)}
+            best = minimize(cost, best, method="Powell", options=options).x
+        return self.matrix(best)
+
+    def matrix(self, values: np.ndarray) -> np.ndarray:
+        """4x4 of three turns (of a rotation vector, times the radius) and three shifts, all in mm."""
+        matrix = np.eye(4)
+        matrix[:3, :3] = Rotation.from_rotvec(values[:3] / self.radius).as_matrix()
+        matrix[:3, 3] = self.center - matrix[:3, :3] @ self.center + values[3:]
+        return matrix
+
+    def moved_squared(self, matrix: np.ndarray) -> float:
+        """Mean squared movement of the overlap's body, mm^2: of its centre, and about it by its covariance."""
+        shift = matrix[:3, :3] @ self.center + matrix[:3, 3] - self.center
+        turn = matrix[:3, :3] - np.eye(3)
+        return float(shift @ shift + np.trace(turn @ self.spread @ turn.T))
