@@ -244,7 +244,12 @@ def test_run_resumes_after_every_row(stubbed, tmp_path, monkeypatch, jobs):
     assert set(result) == {"R1", "R1_started_from_uae", "R1_variants", "R3", "meta"}
     monkeypatch.setattr(all_run, "_meta", lambda *args: META | {"model_sha256": "other"})
     all_run.run_all(only=["R3/neck-lumbar"], **options)
-    assert len(stubbed) == first + 4 * len(R3_ORDERS)
+    # ours are measured again, the peer's rows stay
+    again = sorted(name for name, _ in stubbed[first + 2 * len(R3_ORDERS) :])
+    assert again == sorted(f"R3/neck-lumbar/{order}/uae" for order in R3_ORDERS)
+    monkeypatch.setattr(all_run, "_meta", lambda *args: META | {"threads": 7})
+    all_run.run_all(only=["R3/neck-lumbar"], **options)
+    assert len(stubbed) == first + 5 * len(R3_ORDERS)
 
 
 def test_rows_cut_short_by_a_stop_are_not_kept_as_failures(stubbed, tmp_path, monkeypatch):

@@ -36,11 +36,12 @@ QUICK_MINUTES = 9.7
 """No row is begun that would probably end later, so that the quick run ends in ten minutes."""
 FIRST_GUESS_S = 60.0
 """How long a row takes of whose system none is known yet (our measurement: 15 to 45 s of one core)."""
+OF_THE_MODEL = ("model_sha256", "thresholds", "cached_embeddings")
 SETTLED = (
-    "model_sha256", "thresholds", "threads", "jobs", "device", "peers", "versions", "cached_embeddings", "processor",
-    "processors",
+    *OF_THE_MODEL, "threads", "jobs", "device", "peers", "versions", "processor", "processors",
 )  # fmt: skip
-"""What must be the same for an earlier run's rows to count: verdicts, accuracy and times."""
+"""What must be the same for an earlier run's rows to count: verdicts, accuracy and times. A peer that started by itself
+does not depend on our model."""
 
 
 def run_all(
@@ -80,6 +81,9 @@ def run_all(
         options = replace(options, cache_folder=path.parent.resolve() / "embeddings")
     meta = _meta(options, chosen, skipped, quick, jobs)
     records = {row["name"]: row for row in earlier_run(path, meta, SETTLED).get("meta", {}).get("rows", [])}
+    if not records:
+        others = earlier_run(path, meta, [key for key in SETTLED if key not in OF_THE_MODEL])
+        records = {row["name"]: row for row in others.get("meta", {}).get("rows", []) if row["system"] in ALL_PEERS}
     budget = QUICK_MINUTES if quick and budget_minutes is None and not only else budget_minutes
     run = _Run(records, meta, options, Pairs(data), path, budget, progress, cancel)
     run.go(wanted, max(1, jobs))

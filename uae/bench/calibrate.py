@@ -19,6 +19,7 @@ from uae.bench.metrics import (
     MATCH_LIMIT_MM,
     auto_matches,
     confident_matches,
+    relation_verdict,
     summarise,
     verdict_of_case,
 )
@@ -278,7 +279,7 @@ def calibrate(cases: Sequence[Mapping[str, Any]], negatives: Sequence[Mapping[st
     free = {name: [match for case in cases if case["set"] == name for match in case["fixed_point"]] for name in sets}
     # A guided match is confident only where the pair is accepted, which no negative pair is.
     guided = {
-        name: [m for case in cases if case["set"] == name and verdict_of_case(case, registration) == ACCEPTED
+        name: [m for case in cases if case["set"] == name and relation_verdict(case, registration) == ACCEPTED
                for m in case["guided"] if m["method"] == "guided"]
         for name in sets
     }  # fmt: skip

@@ -44,16 +44,19 @@ def point_errors(errors_mm: np.ndarray) -> dict[str, float]:
     }
 
 
-def verdict_of_case(case: Mapping[str, Any], limits: Mapping[str, Any] | None) -> str:
-    """Verdict of a recorded registration under given limits; a runaway refinement makes it review at most."""
+def relation_verdict(case: Mapping[str, Any], limits: Mapping[str, Any] | None) -> str:
+    """Verdict on how two scans were related under given limits; matching sees this one, as it does not refine."""
     features = case["registration"]["features"]
     if not features:
         return REFUSED
     figures = {name: math.nan if value is None else value for name, value in features.items()}
-    verdict, _ = verdict_of(figures, limits)
-    if verdict == ACCEPTED and case.get("refined", {}).get("failed"):
-        return REVIEW
-    return verdict
+    return verdict_of(figures, limits)[0]
+
+
+def verdict_of_case(case: Mapping[str, Any], limits: Mapping[str, Any] | None) -> str:
+    """Verdict of a recorded registration under given limits; a runaway refinement makes it review at most."""
+    verdict = relation_verdict(case, limits)
+    return REVIEW if verdict == ACCEPTED and case.get("refined", {}).get("failed") else verdict
 
 
 def is_confident(match: Mapping[str, Any], limits: Mapping[str, Any] | None) -> bool:
@@ -63,14 +66,14 @@ def is_confident(match: Mapping[str, Any], limits: Mapping[str, Any] | None) -> 
 
 def auto_matches(case: Mapping[str, Any], limits: Mapping[str, Any] | None) -> list[Mapping[str, Any]]:
     """What the method "auto" gives: guided, or the free search where the pair is refused."""
-    return list(case["fixed_point"] if verdict_of_case(case, limits) == REFUSED else case["guided"])
+    return list(case["fixed_point"] if relation_verdict(case, limits) == REFUSED else case["guided"])
 
 
 def confident_matches(case: Mapping[str, Any], thresholds: Mapping[str, Any]) -> list[Mapping[str, Any]]:
     """The matches of "auto" that a user would see as confident; guided ones only where the pair is accepted."""
     matches = auto_matches(case, thresholds.get("registration"))
     sure = [match for match in matches if is_confident(match, thresholds.get("match"))]
-    if verdict_of_case(case, thresholds.get("registration")) != ACCEPTED:
+    if relation_verdict(case, thresholds.get("registration")) != ACCEPTED:
         sure = [match for match in sure if not match["method"].startswith("guided")]
     return sure
 
