@@ -123,6 +123,8 @@ def text_of(result: Mapping[str, Any], pictures: Mapping[str, str], rows_page: s
         "TRE up to 5 mm beyond what the best rigid leaves. A peer has no verdict: each of its results is accepted. "
         "Seconds: of the registration without starting and reading.",
     ]  # fmt: skip
+    if meta.get("note"):
+        lines += ["", meta["note"]]
     if meta["cached_embeddings"]:
         lines += [
             "",

@@ -47,7 +47,8 @@ does not depend on our model."""
 def run_all(
     data_dir: str | Path | None = None, quick: bool = False, json_path: str | Path | None = None,
     options: RunOptions | None = None, peers: Sequence[str] | None = None, only: Sequence[str] = (), jobs: int = 1,
-    budget_minutes: float | None = None, progress: Progress | None = None, cancel: Cancel | None = None,
+    budget_minutes: float | None = None, note: str = "", progress: Progress | None = None,
+    cancel: Cancel | None = None,
 ) -> dict[str, Any]:  # fmt: skip
     """Run the benchmark.
 
@@ -61,6 +62,7 @@ def run_all(
         jobs: pairs at once, each system with `options.threads` threads; times are fair only with 1.
         budget_minutes: rows that would probably end later are left out, but never a quick run's twenty hard cases of
             ours; QUICK_MINUTES for a quick run where None.
+        note: a sentence for the page, such as what else the machine did.
         progress: told the share of rows done, stage "bench".
         cancel: asked between rows.
 
@@ -79,7 +81,7 @@ def run_all(
     if quick and options.cache_folder is None and path is not None:
         # The CT of twenty cases is embedded once; what the cache holds is bit by bit what would be computed again.
         options = replace(options, cache_folder=path.parent.resolve() / "embeddings")
-    meta = _meta(options, chosen, skipped, quick, jobs)
+    meta = _meta(options, chosen, skipped, quick, jobs) | {"note": note}
     records = {row["name"]: row for row in earlier_run(path, meta, SETTLED).get("meta", {}).get("rows", [])}
     if not records:
         others = earlier_run(path, meta, [key for key in SETTLED if key not in OF_THE_MODEL])
