@@ -77,7 +77,7 @@ def cases(model_name: str, modality: str, names: Sequence[str], output: Path) ->
         shown = [middle(resample(pair.moving, slab))]
         shown += [np.zeros((1, 1)) if place is None else middle(resample(pair.fixed, slab, place)) for place in places]
         windows = [tuple(np.percentile(shown[0], (1, 99))) if modality == "mr" else CT_WINDOW_HU, *[CT_WINDOW_HU] * 2]
-        wrong = "nothing found" if tre is None else f"found: {tre:.0f} mm off (floor {pair.rigid_floor_mm:.0f})"
+        wrong = f"found: {tre:.0f} mm off (floor {pair.rigid_floor_mm:.0f})" if np.isfinite(tre) else "nothing found"
         titles = (f"{set_name} {seed}, {modality.upper()}", "CT, true place", f"{wrong}, {found.verdict}")
         for axis, image, window, title in zip(row, shown, windows, titles, strict=True):
             axis.imshow(image, cmap="gray", vmin=window[0], vmax=window[1], aspect="equal")

@@ -34,8 +34,8 @@ from uae.volume import Volume
 
 META = {
     "date": "2026-01-01", "quick": False, "jobs": 1, "threads": 1, "device": "cpu", "model": "uae-m",
-    "model_version": "1", "model_sha256": "0", "model_round": 0, "processor": "p", "processors": 2, "platform": "l",
-    "python": "3", "thresholds": {}, "versions": {"numpy": "2"},
+    "model_version": "1", "model_sha256": "0", "code_sha256": "0", "model_round": 0, "processor": "p",
+    "processors": 2, "platform": "l", "python": "3", "thresholds": {}, "versions": {"numpy": "2"},
     "peers": list(ALL_PEERS), "skipped": {"ants": "not installed"},
     "settings": {"simpleitk": {"metric": "x"}}, "cached_embeddings": False, "left_out": [],
 }  # fmt: skip
@@ -118,10 +118,13 @@ def test_keys_are_those_of_the_contract():
     assert result["R1_started_from_uae"] == {"hard": {"simpleitk": result["R1_started_from_uae"]["hard"]["simpleitk"]}}
     assert result["R1_started_from_uae"]["hard"]["simpleitk"]["success_rate"] == 1.0
     assert set(result["R1_variants"]["hard"]) == {"deformable", "affine", "unrefined"}
-    assert result["R1_variants"]["hard"]["unrefined"]["median_tre_mm"] == pytest.approx(17.0)
+    # the variants were measured on a.0 alone, so ours beside them is, too
+    assert result["R1_variants"]["hard"]["unrefined"]["median_tre_mm"] == pytest.approx(4.0)
     assert result["R3"]["uae"]["confident_wrong"] == 1
     assert result["R3"]["simpleitk"]["confident_wrong"] == 2
-    assert result["A1"]["M0"] == pytest.approx({"rigid": 17.0, "refined": 16.0, "deformable": 1.5, "cases": 2})
+    assert result["A1"]["M0"] == pytest.approx({"rigid": 4.0, "refined": 2.0, "deformable": 1.5, "cases": 1})
+    bare = summarise([one for one in rows if one["system"] not in VARIANTS], META)["A1"]["M0"]
+    assert (bare["rigid"], bare["refined"], bare["deformable"], bare["cases"]) == (17.0, 16.0, None, 2)
     assert [r["name"] for r in result["meta"]["rows"]] == [r["name"] for r in rows]
     assert result["meta"]["sets"]["hard"]["cases"] == 2
 
@@ -143,6 +146,10 @@ def test_deformable_scaling_and_landmark_tables():
           for s in (1, 2, 4)),
     ]  # fmt: skip
     result = summarise(rows, META)
+    assert not any("fails less often" in text for text in losses(result))
+    lost = [row("R2", "smooth", "a.0", "uae-deeds", None, status="failed"),
+            row("R2", "smooth", "a.0", "ants", 1.0, initial_tre_mm=6.0, folding=0.0)]  # fmt: skip
+    assert losses(summarise(lost, META)) == ["R2: ants fails less often than we, in 100 % of our cases"]
     deeds = result["R2"]["uae-deeds"]
     assert (deeds["tre_mm"], deeds["initial_tre_mm"], deeds["folding"]) == pytest.approx((3.0, 7.0, 0.01))
     assert result["R2"]["ants"] == {"cases": 1, "failed": 1}

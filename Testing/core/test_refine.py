@@ -107,3 +107,17 @@ def test_refine_overlap_points_lie_in_both(pair):
     lattice = ct.geometry.grid_points_mm()
     shared = mr.geometry.contains(truth.apply(lattice)).sum() * ct.geometry.voxel_volume_mm3
     assert len(points) * 64.0 == pytest.approx(shared, rel=0.15)
+
+
+def test_refine_of_a_thin_oblique_slab_uses_what_it_shows(pair):
+    ct, _, bodies, _ = pair
+    turn = Rigid.from_euler_deg(35.0, 40.0, 20.0).rotation
+    shape, spacing = (6, 60, 60), np.array([2.0, 2.0, 3.0])
+    center = ct.geometry.center_mm()
+    grid = Geometry(shape, spacing, center - turn @ ((np.array(shape[::-1]) - 1) / 2 * spacing), turn)
+    labels = resample(tissue_map(), grid, fill=0, order=0)
+    slab = render(labels, SIGNALS, 2.0, 2, "mr")
+    body = Volume((labels.array > 0).astype(np.uint8), grid)
+    result = refine_rigid(ct, slab, Rigid.identity(), bodies[0], body)
+    assert not result.failed, result.reason
+    assert np.linalg.norm(result.transform.apply(grid.corners_mm()) - grid.corners_mm(), axis=1).max() < 2.0

@@ -77,9 +77,10 @@ def _boxes(rows: Sequence[Mapping[str, Any]], path: Path) -> None:
             for name in names
         ]  # fmt: skip
         axis.boxplot(values, flierprops={"markersize": 3})
-        axis.set_xticks(range(1, len(names) + 1), names, rotation=30, ha="right")
+        labels = [f"{name} ({len(own_values)})" for name, own_values in zip(names, values, strict=True)]
+        axis.set_xticks(range(1, len(names) + 1), labels, rotation=30, ha="right")
         axis.set_yscale("log")
-        axis.set_title(f"R1 {part} ({max(len(v) for v in values)} cases)")
+        axis.set_title(f"R1 {part} (cases)")
     axes[0].set_ylabel("TRE, mm")
     _save(figure, path)
 
@@ -92,7 +93,7 @@ def _field_of_view(rows: Sequence[Mapping[str, Any]], path: Path, bins: int = 5)
         parts = [part for part in np.array_split(np.arange(len(own)), min(bins, len(own))) if len(part)]
         shares = [100 * np.mean([own[i]["meta"]["share"] for i in part]) for part in parts]
         success = [np.mean([_right(own[i]) for i in part]) for part in parts]
-        axis.plot(shares, 100 * np.array(success), "o-", label=name)
+        axis.plot(shares, 100 * np.array(success), "o-", label=f"{name}, {len(own)} cases")
     axis.set(xlabel="field of view, % of the body's box", ylabel="success, %", ylim=(-4, 104))
     axis.legend(fontsize=8)
     _save(figure, path)

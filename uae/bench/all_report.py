@@ -88,10 +88,13 @@ def losses(result: Mapping[str, Any]) -> list[str]:
                 if theirs is not None and (ours is None or theirs < ours - CLOSE_MM):
                     ours_text = "none" if ours is None else f"{ours:.2f} mm"
                     found.append(f"{title} {part}: median TRE {theirs:.2f} mm of {name}, {ours_text} of ours{on}")
-    ours = result.get("R2", {}).get("uae-deeds", {}).get("tre_mm")
+    deeds = result.get("R2", {}).get("uae-deeds", {})
+    ours, lost = deeds.get("tre_mm"), deeds.get("failed", 0) / max(deeds.get("cases", 1), 1)
     for name, figures in result.get("R2", {}).items():
         if name != "uae-deeds" and ours is not None and figures.get("tre_mm", ours) < ours - CLOSE_MM:
             found.append(f"R2: TRE {figures['tre_mm']:.2f} mm of {name}, {ours:.2f} mm of ours")
+        if name != "uae-deeds" and figures["failed"] / figures["cases"] < lost:
+            found.append(f"R2: {name} fails less often than we, in {100 * lost:.0f} % of our cases")
     wrong = result.get("R3", {}).get(OWN, {}).get("confident_wrong")
     if wrong:
         found.append(f"R3: {wrong} of our results on pairs without overlap were not refused")

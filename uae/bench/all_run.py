@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import itertools
 import logging
 import os
@@ -15,6 +16,7 @@ from datetime import date
 from pathlib import Path
 from typing import Any
 
+import uae
 from uae.bench.all_plan import ALL_PEERS, OWN, STARTED, Row, plan, select
 from uae.bench.all_rows import RunOptions, measure
 from uae.bench.all_summary import summarise
@@ -36,9 +38,9 @@ QUICK_MINUTES = 9.7
 """No row is begun that would probably end later, so that the quick run ends in ten minutes."""
 FIRST_GUESS_S = 60.0
 """How long a row takes of whose system none is known yet (our measurement: 15 to 45 s of one core)."""
-OF_THE_MODEL = ("model_sha256", "thresholds", "cached_embeddings")
+OF_THE_MODEL = ("model_sha256", "thresholds", "cached_embeddings", "code_sha256")
 SETTLED = (
-    *OF_THE_MODEL, "threads", "jobs", "device", "peers", "versions", "processor", "processors",
+    *OF_THE_MODEL, "settings", "threads", "jobs", "device", "peers", "versions", "processor", "processors",
 )  # fmt: skip
 """What must be the same for an earlier run's rows to count: verdicts, accuracy and times. A peer that started by itself
 does not depend on our model."""
@@ -101,7 +103,7 @@ class _Run:
     ) -> None:  # fmt: skip
         self.records, self.meta, self.options, self.pairs, self.path = records, meta, options, pairs, path
         self.progress, self.cancel = progress, cancel
-        self.longest: dict[str, float] = {}
+        self.longest: dict[tuple[str, str], float] = {}
         self.end = None if budget_minutes is None else time.monotonic() + 60.0 * budget_minutes
         self.left_out: list[str] = []
         self.lock, self.total, self.done = threading.Lock(), 1, 0
@@ -165,7 +167,8 @@ class _Run:
             start = time.monotonic()
             self.keep(measure(row, pair, self.options, ours))
             with self.lock:
-                self.longest[row.system] = max(self.longest.get(row.system, 0.0), time.monotonic() - start)
+                kind = (row.scenario, row.system)
+                self.longest[kind] = max(self.longest.get(kind, 0.0), time.monotonic() - start)
                 self.done += 1
                 report(self.progress, "bench", self.done / self.total)
 
@@ -173,7 +176,7 @@ class _Run:
         """Whether the time is up for a row, by the longest that its system has taken so far."""
         if self.end is None or (self.meta["quick"] and (row.scenario, row.part, row.system) == ("R1", "hard", OWN)):
             return False
-        return time.monotonic() + self.longest.get(row.system, FIRST_GUESS_S) > self.end
+        return time.monotonic() + self.longest.get((row.scenario, row.system), FIRST_GUESS_S) > self.end
 
     def keep(self, record: dict[str, Any]) -> None:
         """Store a finished row with the command that repeats it; what was stopped half-way is none."""
@@ -198,6 +201,15 @@ class _Run:
     def result(self) -> dict[str, Any]:
         """The JSON so far."""
         return summarise(list(self.records.values()), {**self.meta, "left_out": sorted(self.left_out)})
+
+
+def code_sha256() -> str:
+    """Hash of what decides our results: the package without benchmarks and command line."""
+    root, found = Path(uae.__file__).parent, hashlib.sha256()
+    for path in sorted(root.rglob("*.py")):
+        if path.relative_to(root).parts[0] not in ("bench", "cli"):
+            found.update(path.read_bytes())
+    return found.hexdigest()
 
 
 def _peers(names: Sequence[str] | None) -> tuple[list[str], dict[str, str]]:
@@ -226,6 +238,7 @@ def _meta(
         "date": date.today().isoformat(), "quick": quick, "jobs": jobs, "threads": options.threads,
         "device": options.device, "model": model.name, "model_version": model.version, "model_sha256": model.sha256,
         "model_round": model.meta.get("round", 0), "thresholds": plain(model.thresholds),
+        "code_sha256": code_sha256(),
         "processor": cpu_name(), "processors": os.cpu_count(), "platform": facts["platform"], "python": facts["python"],
         "versions": {"uae": facts["uae"], **facts["libraries"], **versions()}, "peers": list(chosen),
         "skipped": dict(skipped), "settings": settings(), "cached_embeddings": options.cache_folder is not None,

@@ -39,6 +39,11 @@ def summarise(rows: Sequence[Mapping[str, Any]], meta: Mapping[str, Any]) -> dic
             for case in cases["unrefined"]
             if "before_refinement_mm" in case
         ]  # fmt: skip
+    for cases in variants.values():
+        others = [{row["case"] for row in own} for name, own in cases.items() if name != "unrefined"]
+        if others and "unrefined" in cases:
+            same = set.intersection(*others)
+            cases["unrefined"] = [row for row in cases["unrefined"] if row["case"] in same]
     for key, table in (("R1", systems), ("R1_started_from_uae", started), ("R1_variants", variants)):
         if table:
             result[key] = {part: _rates(own) for part, own in table.items()}
@@ -181,6 +186,9 @@ def _rounds(rows: Sequence[Mapping[str, Any]], meta: Mapping[str, Any]) -> dict[
     if not own:
         return {}
     deformed = [row for row in hard if row["system"] == "uae-deformable"]
+    if deformed:
+        same = {row["case"] for row in deformed}
+        own = [row for row in own if row["case"] in same]
     table = {
         "rigid": _median(row.get("before_refinement_mm") for row in own),
         "refined": _median(row["tre_mm"] for row in own),

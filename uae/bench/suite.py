@@ -93,6 +93,8 @@ def run_suite(
     if unknown:
         raise InputError(f"unknown study {unknown[0]!r}; choose from {', '.join(NAMES)}")
     options = options or BenchOptions()
+    if options.moving != "mr" and any(name != SIMULATED for name in studies):
+        raise InputError("simulated CTs are for the study simulated alone; add --only simulated, and another --json")
     path = None if json_path is None else Path(json_path)
     earlier = read_result(path)
     if earlier.get("meta", {}).get("model_sha256") != model.sha256:

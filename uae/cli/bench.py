@@ -29,7 +29,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     group = parser.add_argument_group("all only")
     group.add_argument("--peers", type=names_of, metavar="A,B", help="of simpleitk, elastix, ants, convexadam")
     group.add_argument("--jobs", type=int, metavar="N", help="pairs at once (--quick: as many as fit; else 1)")
-    group.add_argument("--budget-minutes", type=float, metavar="N", help="begin no pair after this time (--quick: 9)")
+    group.add_argument("--budget-minutes", type=float, metavar="N", help="begin no pair after this time (--quick: 9.7)")
     group.add_argument("--note", default="", metavar="TEXT", help="what readers of the page should know of this run")
     public = parser.add_argument_group("landmarks, lesions, registration only")
     public.add_argument("--dataset", metavar="DIR", help="the data, in their published layout")

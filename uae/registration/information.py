@@ -39,12 +39,13 @@ class JointHistogram:
     def __call__(self, matrix: np.ndarray) -> float:
         """Mutual information in nats under a 4x4 map from the points to the moving grid; 0 where too few lie inside."""
         index = self.grid.mm_to_index(self.points @ matrix[:3, :3].T + matrix[:3, 3])
-        inside = np.all((index >= 0) & (index <= np.array(self.moving.shape[::-1]) - 1), axis=1)
-        x, y, z = np.rint(index[inside]).astype(np.int64).T
+        size = np.array(self.moving.shape[::-1])
+        inside = np.all((index >= -0.5) & (index <= size - 0.5), axis=1)
+        x, y, z = np.minimum(np.rint(index[inside]).astype(np.int64), size - 1).T
         kept = np.flatnonzero(inside)[self.body[z, y, x]]
         if len(kept) < LEAST_SHARE * len(self.points) or not len(kept):
             return 0.0
-        values = ndimage.map_coordinates(self.moving, index[kept].T[::-1], order=1, prefilter=False)
+        values = ndimage.map_coordinates(self.moving, index[kept].T[::-1], order=1, mode="nearest", prefilter=False)
         column = _in_bins(values, self.bounds)
         low = np.minimum(column.astype(np.int64), BINS - 2)
         share = column - low

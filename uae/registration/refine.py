@@ -224,11 +224,23 @@ class _Search:
         # A turn is counted by how far it moves the body, so that all six parameters are millimetres.
         self.radius = float(np.sqrt(np.square(points - self.center).sum(axis=1).mean()))
         self.spread = np.cov((points - self.center).T, bias=True)
-        cells = np.flatnonzero(fixed_body)
+        near = fixed_body & self._near_moving(fixed.geometry)
+        cells = np.flatnonzero(near)
         chosen = np.random.default_rng(seed).choice(cells, min(SAMPLES, len(cells)), replace=False)
         self.cells = np.unravel_index(np.sort(chosen), fixed_body.shape)
         self.places = fixed.geometry.index_to_mm(np.stack(self.cells[::-1], axis=1))
         self.information = self._histogram(0.0)
+
+    def _near_moving(self, grid: Geometry) -> np.ndarray:
+        """Bool (z, y, x): voxels in reach of the moving scan; most of the box around an oblique slab is not."""
+        moving = self.moving.geometry
+        reach = MAX_MOVED_MM / 2 / moving.spacing
+        near = np.zeros(grid.shape, dtype=bool)
+        for k in range(grid.shape[0]):
+            y, x = np.indices(grid.shape[1:], dtype=np.float64).reshape(2, -1)
+            index = moving.mm_to_index(grid.index_to_mm(np.stack([x, y, np.full(x.size, float(k))], axis=1)))
+            near[k].ravel()[:] = np.all((index >= -reach) & (index <= moving.size - 1 + reach), axis=1)
+        return near
 
     def _histogram(self, smoothing_mm: float) -> JointHistogram:
         fixed, moving = (
