@@ -39,8 +39,9 @@ LEAST = {
     "accepted": {"spread_mm": 16.0, "heldout_within_10mm": 0.15, "heldout_log10_p": -8.0, "runner_up_ratio": 0.5},
 }
 """No limit is looser than these whatever the data say: a dozen matches within a vertebra fix no rotation, the held-out
-matches must agree beyond chance, and the second best place may have half the support of the best. Matches close together
-also fit the next vertebra: a fresh case with a spread of 14 mm had slipped by 30 mm. Review's hold for accepted as well."""
+matches must agree beyond chance, and the second best place may have half the support of the best. Matches close
+together also fit the next vertebra: a fresh case with a spread of 14 mm had slipped by 30 mm. Review's hold for
+accepted as well."""
 
 MATCH_LEAST = {"score": 0.3, "cycle_mm": 10.0}
 """The same for a confident match: what leads back elsewhere is none."""
