@@ -90,16 +90,17 @@ class Geometry:
         """LPS mm (N, 3) to continuous indices (N, 3) in the order x, y, z."""
         return (as_points(points) - self.origin) @ np.linalg.inv(self.direction * self.spacing).T
 
-    def contains(self, points: np.ndarray, margin_voxels: float = 0.5) -> np.ndarray:
+    def contains(self, points: np.ndarray, margin_voxels: float | np.ndarray = 0.5) -> np.ndarray:
         """Which points (N, 3) mm lie inside the image, bool (N,).
 
         Args:
             points: (N, 3) LPS mm.
-            margin_voxels: how far beyond the outer voxel centres still counts; 0.5 is the voxels' edge.
+            margin_voxels: how far beyond the outer voxel centres still counts, one number or (3,) in the order x, y, z;
+                0.5 is the voxels' edge.
         """
         return self.index_inside(self.mm_to_index(points), margin_voxels)
 
-    def index_inside(self, index: np.ndarray, margin_voxels: float = 0.5) -> np.ndarray:
+    def index_inside(self, index: np.ndarray, margin_voxels: float | np.ndarray = 0.5) -> np.ndarray:
         """The same as `contains` for continuous indices (N, 3) in the order x, y, z."""
         # A point computed to lie on the edge may miss it by rounding; a micro-voxel of tolerance keeps it inside.
         margin = margin_voxels + 1e-6

@@ -24,6 +24,7 @@ from uae.embedding import embed
 from uae.files import atomic_path
 from uae.models import load_model
 from uae.registration.relate import relate
+from uae.report import CT_WINDOW_HU
 from uae.simulate import simulate_scan
 from uae.volume import Geometry, Volume, resample
 
@@ -31,7 +32,6 @@ logger = logging.getLogger(__name__)
 
 SMOOTHED_STEPS = 50
 FIGURES = {"joint": "appearance, both heads", "semantic": "semantic", "excess": "semantic, above log n"}
-CT_WINDOW_HU = (-200.0, 300.0)
 
 
 def save(figure: Figure, path: Path) -> None:

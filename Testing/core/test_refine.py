@@ -109,9 +109,10 @@ def test_refine_overlap_points_lie_in_both(pair):
     assert len(points) * 64.0 == pytest.approx(shared, rel=0.15)
 
 
-def test_refine_of_a_thin_oblique_slab_uses_what_it_shows(pair):
+@pytest.mark.parametrize("flips", [(1, 1, 1), (-1, 1, -1), (1, 1, -1)])
+def test_refine_of_a_thin_oblique_slab_uses_what_it_shows(pair, flips):
     ct, _, bodies, _ = pair
-    turn = Rigid.from_euler_deg(35.0, 40.0, 20.0).rotation
+    turn = Rigid.from_euler_deg(35.0, 40.0, 20.0).rotation @ np.diag(flips)
     shape, spacing = (6, 60, 60), np.array([2.0, 2.0, 3.0])
     center = ct.geometry.center_mm()
     grid = Geometry(shape, spacing, center - turn @ ((np.array(shape[::-1]) - 1) / 2 * spacing), turn)

@@ -38,12 +38,10 @@ QUICK_MINUTES = 9.7
 """No row is begun that would probably end later, so that the quick run ends in ten minutes."""
 FIRST_GUESS_S = 60.0
 """How long a row takes of whose system none is known yet (our measurement: 15 to 45 s of one core)."""
-OF_THE_MODEL = ("model_sha256", "thresholds", "cached_embeddings", "code_sha256")
-SETTLED = (
-    *OF_THE_MODEL, "settings", "threads", "jobs", "device", "peers", "versions", "processor", "processors",
-)  # fmt: skip
-"""What must be the same for an earlier run's rows to count: verdicts, accuracy and times. A peer that started by itself
-does not depend on our model."""
+SETTLED = ("settings", "threads", "jobs", "device", "peers", "versions", "processor", "processors")
+"""What must be the same for an earlier run's rows to count: accuracy and times."""
+OF_OURS = ("model_sha256", "thresholds", "cached_embeddings", "code_sha256")
+"""What must be the same besides for rows that ours has a part in; a peer that starts by itself needs none of it."""
 
 
 def run_all(
@@ -84,10 +82,7 @@ def run_all(
         # The CT of twenty cases is embedded once; what the cache holds is bit by bit what would be computed again.
         options = replace(options, cache_folder=path.parent.resolve() / "embeddings")
     meta = _meta(options, chosen, skipped, quick, jobs) | {"note": note}
-    records = {row["name"]: row for row in earlier_run(path, meta, SETTLED).get("meta", {}).get("rows", [])}
-    if not records:
-        others = earlier_run(path, meta, [key for key in SETTLED if key not in OF_THE_MODEL])
-        records = {row["name"]: row for row in others.get("meta", {}).get("rows", []) if row["system"] in ALL_PEERS}
+    records = _earlier_rows(path, meta)
     budget = QUICK_MINUTES if quick and budget_minutes is None and not only else budget_minutes
     run = _Run(records, meta, options, Pairs(data), path, budget, progress, cancel)
     run.go(wanted, max(1, jobs))
@@ -201,6 +196,13 @@ class _Run:
     def result(self) -> dict[str, Any]:
         """The JSON so far."""
         return summarise(list(self.records.values()), {**self.meta, "left_out": sorted(self.left_out)})
+
+
+def _earlier_rows(path: Path | None, meta: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
+    """Rows of an earlier run that count for this one, by name."""
+    before = earlier_run(path, meta, SETTLED).get("meta", {})
+    same = all(before.get(key) == meta[key] for key in OF_OURS)
+    return {row["name"]: row for row in before.get("rows", []) if same or row["system"] in ALL_PEERS}
 
 
 def code_sha256() -> str:

@@ -39,11 +39,10 @@ def summarise(rows: Sequence[Mapping[str, Any]], meta: Mapping[str, Any]) -> dic
             for case in cases["unrefined"]
             if "before_refinement_mm" in case
         ]  # fmt: skip
-    for cases in variants.values():
-        others = [{row["case"] for row in own} for name, own in cases.items() if name != "unrefined"]
-        if others and "unrefined" in cases:
-            same = set.intersection(*others)
-            cases["unrefined"] = [row for row in cases["unrefined"] if row["case"] in same]
+    for table in variants.values():
+        others = [own for name, own in table.items() if name != "unrefined"]
+        if others and "unrefined" in table:
+            table["unrefined"] = _on(table["unrefined"], _shared(others))
     for key, table in (("R1", systems), ("R1_started_from_uae", started), ("R1_variants", variants)):
         if table:
             result[key] = {part: _rates(own) for part, own in table.items()}
@@ -92,13 +91,24 @@ def _by(
     return {part: own for part, own in parts.items() if own}
 
 
+def _shared(tables: Iterable[Sequence[Mapping[str, Any]]]) -> set[str]:
+    """Cases that all of some lists of rows have; none where there are no lists."""
+    cases = [{row["case"] for row in rows} for rows in tables]
+    return set.intersection(*cases) if cases else set()
+
+
+def _on(rows: Sequence[Mapping[str, Any]], cases: set[str]) -> list[Mapping[str, Any]]:
+    """The rows on some of the cases."""
+    return [row for row in rows if row["case"] in cases]
+
+
 def _rates(systems: Mapping[str, Sequence[Mapping[str, Any]]]) -> dict[str, Any]:
     """Figures by system. A peer accepts what it returns: "done" counts as accepted."""
     systems = dict(systems)
     if OWN in systems and len(systems) > 1:
-        shared = set.intersection(*({row["case"] for row in own} for own in systems.values()))
+        shared = _shared(systems.values())
         if shared and len(shared) < len(systems[OWN]):
-            systems[SHARED] = [row for row in systems[OWN] if row["case"] in shared]
+            systems[SHARED] = _on(systems[OWN], shared)
     return {
         name: registration_row([row if row["status"] != "done" else {**row, "status": "accepted"} for row in own])
         for name, own in systems.items()
@@ -108,11 +118,11 @@ def _rates(systems: Mapping[str, Sequence[Mapping[str, Any]]]) -> dict[str, Any]
 
 def _deformable(systems: Mapping[str, Sequence[Mapping[str, Any]]]) -> dict[str, dict[str, Any]]:
     """R2: means over the cases that no system lost, so that losing hard ones pays nobody; `failed` tells the rest."""
-    survived = [{row["case"] for row in own if row["tre_mm"] is not None} for own in systems.values()]
-    shared = set.intersection(*(cases for cases in survived if cases)) if any(survived) else set()
+    survived = {name: [row for row in own if row["tre_mm"] is not None] for name, own in systems.items()}
+    shared = _shared(own for own in survived.values() if own)
     table = {}
     for name, rows in systems.items():
-        found = [row for row in rows if row["tre_mm"] is not None and row["case"] in shared]
+        found = _on(survived[name], shared)
         figures: dict[str, Any] = {"cases": len(rows), "failed": sum(row["tre_mm"] is None for row in rows)}
         if found:
             means = ("initial_tre_mm", "tre_mm", "floor_mm")
@@ -187,8 +197,7 @@ def _rounds(rows: Sequence[Mapping[str, Any]], meta: Mapping[str, Any]) -> dict[
         return {}
     deformed = [row for row in hard if row["system"] == "uae-deformable"]
     if deformed:
-        same = {row["case"] for row in deformed}
-        own = [row for row in own if row["case"] in same]
+        own = _on(own, _shared([deformed]))
     table = {
         "rigid": _median(row.get("before_refinement_mm") for row in own),
         "refined": _median(row["tre_mm"] for row in own),

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 import numpy as np
 from scipy import ndimage
 
-from uae.volume import Geometry
+if TYPE_CHECKING:
+    from uae.volume import Geometry
 
 BINS = 32  # our measurement
 TAILS = (0.5, 99.5)
@@ -39,9 +42,8 @@ class JointHistogram:
     def __call__(self, matrix: np.ndarray) -> float:
         """Mutual information in nats under a 4x4 map from the points to the moving grid; 0 where too few lie inside."""
         index = self.grid.mm_to_index(self.points @ matrix[:3, :3].T + matrix[:3, 3])
-        size = np.array(self.moving.shape[::-1])
-        inside = np.all((index >= -0.5) & (index <= size - 0.5), axis=1)
-        x, y, z = np.minimum(np.rint(index[inside]).astype(np.int64), size - 1).T
+        inside = self.grid.index_inside(index)
+        x, y, z = np.clip(np.rint(index[inside]), 0, self.grid.size - 1).astype(np.int64).T
         kept = np.flatnonzero(inside)[self.body[z, y, x]]
         if len(kept) < LEAST_SHARE * len(self.points) or not len(kept):
             return 0.0
@@ -51,10 +53,15 @@ class JointHistogram:
         share = column - low
         cell = self.rows[kept] * BINS + low
         counts = np.bincount(cell, 1.0 - share, BINS**2) + np.bincount(cell + 1, share, BINS**2)
-        joint = counts.reshape(BINS, BINS) / len(kept)
-        apart = joint.sum(axis=1, keepdims=True) * joint.sum(axis=0, keepdims=True)
-        filled = joint > 0
-        return float((joint[filled] * np.log(joint[filled] / apart[filled])).sum())
+        return information_of(counts.reshape(BINS, BINS))
+
+
+def information_of(counts: np.ndarray) -> float:
+    """Mutual information in nats of a joint histogram (rows, columns) of counts."""
+    joint = counts / counts.sum()
+    apart = joint.sum(axis=1, keepdims=True) * joint.sum(axis=0, keepdims=True)
+    filled = joint > 0
+    return float((joint[filled] * np.log(joint[filled] / apart[filled])).sum())
 
 
 def _in_bins(values: np.ndarray, bounds: np.ndarray) -> np.ndarray:

@@ -236,10 +236,11 @@ class _Search:
         moving = self.moving.geometry
         reach = MAX_MOVED_MM / 2 / moving.spacing
         near = np.zeros(grid.shape, dtype=bool)
-        for k in range(grid.shape[0]):
-            y, x = np.indices(grid.shape[1:], dtype=np.float64).reshape(2, -1)
-            index = moving.mm_to_index(grid.index_to_mm(np.stack([x, y, np.full(x.size, float(k))], axis=1)))
-            near[k].ravel()[:] = np.all((index >= -reach) & (index <= moving.size - 1 + reach), axis=1)
+        y, x = np.indices(grid.shape[1:], dtype=np.float64).reshape(2, -1)
+        index = np.stack([x, y, np.zeros(x.size)], axis=1)
+        for k, plane in enumerate(near):  # a plane at a time: all points of a large overlap take gigabytes
+            index[:, 2] = k
+            plane[:] = moving.contains(grid.index_to_mm(index), reach).reshape(plane.shape)
         return near
 
     def _histogram(self, smoothing_mm: float) -> JointHistogram:
@@ -256,15 +257,15 @@ class _Search:
             report(self.progress, "refine", count / len(ROUNDS))
             information = self._histogram(stage.smoothing_mm) if stage.smoothing_mm else self.information
             unit = max(information(np.eye(4)), LEAST_INFORMATION)
-
-            def cost(values: np.ndarray, information=information, unit=unit, prior=stage.prior) -> float:
-                check_cancel(self.cancel)
-                matrix = self.matrix(values)
-                return prior * self.moved_squared(matrix) / PRIOR_MM**2 - information(matrix) / unit
-
             options = {"xtol": 0.03, "ftol": 1e-5, "maxiter": SWEEPS, "direc": stage.step_mm * np.eye(6)}
-            best = minimize(cost, best, method="Powell", options=options).x
+            terms = information, unit, stage.prior
+            best = minimize(self._cost, best, args=terms, method="Powell", options=options).x
         return self.matrix(best)
+
+    def _cost(self, values: np.ndarray, information: JointHistogram, unit: float, prior: float) -> float:
+        check_cancel(self.cancel)
+        matrix = self.matrix(values)
+        return prior * self.moved_squared(matrix) / PRIOR_MM**2 - information(matrix) / unit
 
     def matrix(self, values: np.ndarray) -> np.ndarray:
         """4x4 of three turns (of a rotation vector, times the radius) and three shifts, all in mm."""

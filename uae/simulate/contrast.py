@@ -11,6 +11,7 @@ from dataclasses import dataclass
 import numpy as np
 from scipy import ndimage
 
+AIR_HU = -1024.0
 SOFT_HU = np.array([-20.0, 8.0, 25.0, 45.0, 68.0, 105.0, 170.0])
 """Centres (HU) of the soft-tissue bins: watery fat, fluid, bowel wall / plain blood, muscle, liver and spleen, enhanced
 organ, enhanced blood. Common radiological ranges."""
@@ -216,9 +217,9 @@ def ct_effects(image: np.ndarray, spacing: np.ndarray, rng: np.random.Generator)
         rng: source of all randomness.
 
     Returns:
-        (z, y, x) float32, whole HU from -1024.
+        (z, y, x) float32, whole HU from AIR_HU.
     """
     image = gaussian_mm(image, rng.uniform(0.0, 0.8), spacing)
     noise = gaussian_mm(rng.standard_normal(image.shape, dtype=np.float32), rng.uniform(0.5, 1.2), spacing)
     noise *= rng.uniform(10.0, 40.0) / max(float(noise.std()), 1e-6)
-    return np.maximum(np.rint(image + noise), -1024.0).astype(np.float32)
+    return np.maximum(np.rint(image + noise), AIR_HU).astype(np.float32)

@@ -10,7 +10,7 @@ from scipy import ndimage
 from uae.errors import InputError
 from uae.preprocess import body_mask
 from uae.registration.rigid import arun
-from uae.simulate.contrast import classify, ct_effects, gaussian_mm, render, scanner_effects
+from uae.simulate.contrast import AIR_HU, classify, ct_effects, gaussian_mm, render, scanner_effects
 from uae.simulate.pose import MINIMUM_BODY_SHARE, SETS, Placement, SetDefinition, propose, random_displacement
 from uae.transform import Composite, Transform
 from uae.volume import Geometry, Volume
@@ -19,7 +19,6 @@ MAXIMUM_POINTS = 20000
 ATTEMPTS = 4000
 DETAIL_VOXEL_MM = 2.0
 """CT detail of the hard set is smoothed in units of the network's 2 mm voxels."""
-AIR_HU = -1024.0
 
 
 @dataclass

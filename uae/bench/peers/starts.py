@@ -5,6 +5,7 @@ from __future__ import annotations
 import numpy as np
 
 from uae.bench.peers.job import Scan
+from uae.registration.information import information_of
 
 CT_WINDOW_HU = (-300.0, 400.0)
 """Soft tissue to trabecular bone: over the whole CT range 32 bins would not tell soft tissues apart; the same window as
@@ -76,10 +77,7 @@ def mutual_information(reference: Scan, other: Scan, mapped: np.ndarray, index: 
     first = reference.array[tuple(index[inside, ::-1].T)]
     second = other.array[tuple(cells[inside, ::-1].T)]
     counts, _, _ = np.histogram2d(first, second, bins=BINS)
-    joint = counts / counts.sum()
-    product = joint.sum(axis=1, keepdims=True) * joint.sum(axis=0, keepdims=True)
-    full = joint > 0
-    return float((joint[full] * np.log(joint[full] / product[full])).sum())
+    return information_of(counts)
 
 
 def matrix_of_points(images: np.ndarray, step: float = 100.0) -> np.ndarray:
