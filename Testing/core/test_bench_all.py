@@ -3,6 +3,7 @@
 import itertools
 import json
 import math
+import sys
 import threading
 
 import numpy as np
@@ -27,7 +28,8 @@ from uae.bench.all_report import losses, text_of, write_report
 from uae.bench.all_rows import RunOptions, measure
 from uae.bench.all_summary import reliability, summarise
 from uae.bench.pairs import UNRELATED, BenchPair, Pairs, _turned_pair
-from uae.errors import CancelledError, InputError
+from uae.bench.resources import run_child
+from uae.errors import CancelledError, InputError, ResourceError
 from uae.geometry import Geometry
 from uae.transform import Rigid
 from uae.volume import Volume
@@ -279,6 +281,29 @@ def test_rows_cut_short_by_a_stop_are_not_kept_as_failures(stubbed, tmp_path, mo
         all_run.run_all(only=["R1/hard/ct_lidc0001_chest.0", "R1/hard/ct_lidc0001_chest.1"], peers=[], jobs=2,
                         json_path=file)  # fmt: skip
     assert not file.exists()
+
+
+def test_stop_ends_a_child_that_starts_after_it(stubbed, tmp_path, monkeypatch):
+    begun, ended, told = threading.Event(), threading.Event(), threading.Event()
+    end_children = all_run.end_children
+
+    def measure(one, pair, options, ours):
+        if one.case.endswith(".0"):
+            begun.wait(10)
+            raise CancelledError("stopped")
+        begun.set()
+        told.wait(10)
+        try:
+            run_child([sys.executable, "-c", "import time; time.sleep(300)"], {}, "late child")
+        except ResourceError:
+            ended.set()
+        return row(*one.pair, one.system)
+
+    monkeypatch.setattr(all_run, "measure", measure)
+    monkeypatch.setattr(all_run, "end_children", lambda: (end_children(), told.set()))
+    with pytest.raises(CancelledError):
+        all_run.run_all(only=["R1/hard/ct_lidc0001_chest.0", "R1/hard/ct_lidc0001_chest.1"], peers=[], jobs=2)
+    assert ended.is_set()
 
 
 def test_started_row_alone_runs_ours_first(stubbed, tmp_path):

@@ -38,6 +38,7 @@ QUICK_MINUTES = 9.7
 """No row is begun that would probably end later, so that the quick run ends in ten minutes."""
 FIRST_GUESS_S = 60.0
 """How long a row takes of whose system none is known yet (our measurement: 15 to 45 s of one core)."""
+STOP_POLL_S = 0.2
 SETTLED = ("settings", "threads", "jobs", "device", "peers", "versions", "processor", "processors")
 """What must be the same for an earlier run's rows to count: accuracy and times."""
 OF_OURS = ("model_sha256", "thresholds", "cached_embeddings", "code_sha256")
@@ -135,7 +136,9 @@ class _Run:
             with self.lock:
                 self.stopped.set()
             pool.shutdown(wait=False, cancel_futures=True)
-            end_children()
+            # Again and again: a group that had not heard yet may just be starting a child.
+            while wait(running, timeout=STOP_POLL_S).not_done:
+                end_children()
             raise
         pool.shutdown()
 
