@@ -191,6 +191,15 @@ def test_wrong_matches_of_one_set_are_not_hidden_by_another():
     assert limits["score"] > 0.9
 
 
+def test_landmarks_of_other_people_make_confident_stricter():
+    free = [match(1.0, score=0.7 + 0.001 * i) for i in range(200)]
+    cases = [case(1.0, features=GOOD) | {"fixed_point": free}] * 3
+    others = [match(1.0, score=0.85)] * 60 + [match(30.0, score=0.8)] * 60
+    alone, both = (calibrate(cases, [], people)["match"]["fixed-point"]["score"] for people in ((), others))
+    assert alone < 0.75
+    assert both > 0.8
+
+
 def test_bench_resumes_and_writes_after_every_case(monkeypatch, tmp_path):
     """Interrupted after three cases, the second run measures only what is missing."""
     from uae.bench import embedding as bench

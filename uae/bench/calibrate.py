@@ -23,14 +23,22 @@ from uae.bench.metrics import (
     summarise,
     verdict_of_case,
 )
-from uae.bench.negatives import NO_OVERLAP
+from uae.bench.negatives import NO_OVERLAP, OTHER_SUBJECT
 from uae.registration.adareg import ACCEPTED, REFUSED
 
 logger = logging.getLogger(__name__)
 
 FIGURES = {
-    "inliers": 1, "inlier_share": 1, "spread_mm": 1, "heldout_within_10mm": 1, "heldout_log10_p": -1,
-    "runner_up_ratio": -1, "stability_mm": -1, "similarity_gain": 1, "hypothesis_score": 1, "hypothesis_margin": 1,
+    "inliers": 1,
+    "inlier_share": 1,
+    "spread_mm": 1,
+    "heldout_within_10mm": 1,
+    "heldout_log10_p": -1,
+    "runner_up_ratio": -1,
+    "stability_mm": -1,
+    "similarity_gain": 1,
+    "hypothesis_score": 1,
+    "hypothesis_margin": 1,
 }
 """Figures of a registration that may carry a limit; 1: at least, -1: at most."""
 
@@ -259,17 +267,21 @@ def fit_match(
     if chosen is None:
         return dict(NEVER)
     names, signs = list(MATCH_FIGURES), list(MATCH_FIGURES.values())
-    return {
-        names[k]: round(float(signs[k] * grid[i]), 4) for k, grid, i in zip(usable, grids, chosen, strict=True)
-    }
+    return {names[k]: round(float(signs[k] * grid[i]), 4) for k, grid, i in zip(usable, grids, chosen, strict=True)}
 
 
-def calibrate(cases: Sequence[Mapping[str, Any]], negatives: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+def calibrate(
+    cases: Sequence[Mapping[str, Any]],
+    negatives: Sequence[Mapping[str, Any]],
+    other_people: Sequence[Mapping[str, Any]] = (),
+) -> dict[str, Any]:
     """All limits of a model, in the form stored with it.
 
     Args:
         cases: `cases` of the embedding benchmark.
         negatives: records of `uae.bench.negatives.run_negatives`.
+        other_people: fixed-point match records of landmarks in other people (`uae.bench.inter_subject`), a set of
+            their own: what is confident within a person may be a vertebra off between two.
 
     Returns:
         {"registration": {"accepted", "review"}, "match": {method: limits}}. A method that was not measured has the
@@ -278,6 +290,8 @@ def calibrate(cases: Sequence[Mapping[str, Any]], negatives: Sequence[Mapping[st
     registration = fit_registration(cases, negatives)
     sets = sorted({case["set"] for case in cases})
     free = {name: [match for case in cases if case["set"] == name for match in case["fixed_point"]] for name in sets}
+    if other_people:
+        free[OTHER_SUBJECT] = list(other_people)
     # A guided match is confident only where the pair is accepted, which no negative pair is.
     guided = {
         name: [m for case in cases if case["set"] == name and relation_verdict(case, registration) == ACCEPTED
