@@ -5,17 +5,20 @@ import json
 import math
 import sys
 import threading
+from dataclasses import replace
 
 import numpy as np
 import pytest
 
-from uae.bench import all_run
+from uae.bench import all_rows, all_run
 from uae.bench.all_plan import (
     ALL_PEERS,
     DEFORMABLE,
+    HEADS,
     OWN,
     R3_ORDERS,
     RIGID_PEERS,
+    SEMANTIC,
     SHARED,
     STARTED,
     VARIANTS,
@@ -31,13 +34,16 @@ from uae.bench.pairs import UNRELATED, BenchPair, Pairs, _turned_pair
 from uae.bench.resources import run_child
 from uae.errors import CancelledError, InputError, ResourceError
 from uae.geometry import Geometry
+from uae.models import load_model, save_model
+from uae.network import UAENet
+from uae.preprocess import InputMap
 from uae.transform import Rigid
 from uae.volume import Volume
 
 META = {
     "date": "2026-01-01", "quick": False, "jobs": 1, "threads": 1, "device": "cpu", "model": "uae-m",
-    "model_version": "1", "model_sha256": "0", "code_sha256": "0", "model_round": 0, "processor": "p",
-    "processors": 2, "platform": "l", "python": "3", "thresholds": {}, "versions": {"numpy": "2"},
+    "model_version": "1", "model_sha256": "0", "semantic_sha256": "0", "code_sha256": "0", "model_round": 0,
+    "processor": "p", "processors": 2, "platform": "l", "python": "3", "thresholds": {}, "versions": {"numpy": "2"},
     "peers": list(ALL_PEERS), "skipped": {"ants": "not installed"},
     "settings": {"simpleitk": {"metric": "x"}}, "cached_embeddings": False, "left_out": [],
 }  # fmt: skip
@@ -161,6 +167,11 @@ def test_deformable_scaling_and_landmark_tables():
     assert [(shared[name]["shared"], shared[name]["tre_mm"]) for name in ("uae-deeds", "convexadam")] == [
         (1, pytest.approx(4.0)), (1, pytest.approx(3.0)),
     ]  # fmt: skip
+    both = [*rows, row("L1", "ct-mr", "pair0", SEMANTIC, tre=None, ways={"SEA nearest": ways["nearest"]})]
+    table = summarise(both, META)["L1"]["ct-mr"]
+    assert table["nearest"] == result["L1"]["ct-mr"]["nearest"]
+    assert (table["SEA nearest"]["cases"], table["SEA nearest"]["failed"]) == (1, 0)
+    assert "SAM, SEA and UAE-S: the appearance" in text_of(summarise(both, META), {})
     nearest = result["L1"]["ct-mr"]["nearest"]
     assert nearest["med_mm"] == pytest.approx(12.5)
     assert (nearest["cases"], nearest["failed"]) == (1, 1)
@@ -257,6 +268,10 @@ def test_run_resumes_after_every_row(stubbed, tmp_path, monkeypatch, jobs):
     # ours are measured again, the peer's rows stay
     again = sorted(name for name, _ in stubbed[first + 2 * len(R3_ORDERS) :])
     assert again == sorted(f"R3/neck-lumbar/{order}/uae" for order in R3_ORDERS)
+    monkeypatch.setattr(all_run, "_meta", lambda *args: META | {"model_sha256": "other", "semantic_sha256": "new"})
+    all_run.run_all(only=["R3/neck-lumbar"], **options)
+    # another uae-s changes its own rows alone
+    assert len(stubbed) == first + 3 * len(R3_ORDERS)
     monkeypatch.setattr(all_run, "_meta", lambda *args: META | {"threads": 7})
     all_run.run_all(only=["R3/neck-lumbar"], **options)
     assert len(stubbed) == first + 5 * len(R3_ORDERS)
@@ -406,7 +421,13 @@ def test_rows_of_a_real_peer():
     assert not math.isnan(found["floor_mm"])
 
 
-def test_rows_of_our_own_system(tiny_model, small_ct, tmp_path):
+def _with_semantic_head(model, path):
+    config = replace(load_model(model).config, semantic=True)
+    save_model(path, UAENet(config).state_dict(), config, InputMap(), {}, {"name": "semantic", "version": "0"})
+    return path
+
+
+def test_rows_of_our_own_system(tiny_model, small_ct, tmp_path, monkeypatch):
     """Our child process end to end with random weights: what it finds is worthless, that it is told is not."""
     ct = Volume.read(small_ct)
     ct.modality = "ct"
@@ -422,6 +443,12 @@ def test_rows_of_our_own_system(tiny_model, small_ct, tmp_path):
     assert set(matched["ways"]) == {"nearest", "fixed-point-L3", "fixed-point-L5", "fixed-point-L7"}
     # a scan against itself: every point finds itself
     assert np.abs(matched["ways"]["nearest"]["offset_mm"]).max() < 8.0
+    semantic = str(_with_semantic_head(tiny_model, tmp_path / "semantic.pt"))
+    monkeypatch.setattr(all_rows, "SEMANTIC", semantic)
+    by_head = measure(Row("L1", "x", "pair0", semantic), pair, options, None)
+    assert set(by_head["ways"]) == {f"{h} {w}" for h in HEADS for w in ("nearest", "fixed-point-L5")}, by_head["reason"]
+    for name in HEADS:
+        assert np.abs(by_head["ways"][f"{name} nearest"]["offset_mm"]).max() < 8.0
     broken = measure(Row("R5", "x", "move0", "uae"), pair, RunOptions("no-such-model"), None)
     assert (broken["status"], broken["tre_mm"]) == ("failed", None)
     assert "no-such-model" in broken["reason"]

@@ -43,7 +43,7 @@ def draw(result: Mapping[str, Any], folder: Path, stem: str = "all") -> dict[str
     curves = {
         f"{scenario} {part}, {way}": table[way]["reliability"]
         for scenario in ("L1", "L2") for part, table in result.get(scenario, {}).items()
-        for way in ("nearest", "fixed-point-L5") if way in table
+        for way in ("nearest", "fixed-point-L5", "UAE-S fixed-point-L5") if way in table
     }  # fmt: skip
     if curves:
         _reliability(curves, folder / f"{stem}_reliability.png")

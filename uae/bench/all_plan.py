@@ -16,6 +16,12 @@ RIGID_PEERS = ("simpleitk", "elastix", "ants")
 ALL_PEERS = (*RIGID_PEERS, "convexadam")
 STARTED = "@uae"
 """Ending of a system that starts from our result of the same pair."""
+SEMANTIC = "uae-s"
+"""Ours with the model of that name, whatever the run's own, in L1 and L2."""
+HEADS: dict[str, tuple[str, ...]] = {
+    "SAM": ("fine", "coarse"), "SEA": ("semantic",), "UAE-S": ("fine", "coarse", "semantic"),
+}  # fmt: skip
+"""Heads of SEMANTIC by the papers' names for what they make alone and together."""
 SHARED = "uae-shared"
 """Table row: ours on those cases alone that every peer in the table was measured on."""
 VARIANTS = {"uae-deformable": {"deformable": True}, "uae-affine": {"affine": True}}
@@ -116,9 +122,9 @@ def _full(systems: Sequence[str], threads: int) -> list[Row]:
             add(scenario, part, _moves(0, FIRST_MOVES), (OWN, *rigid))
     add("R1", "hard", cases(OWN_PER_CT["hard"]), (OWN,))
     for kind in ("ct-ct", "ct-mr"):
-        add("L1", kind, [f"pair{number}" for number in range(L1_CASES)], (OWN,))
+        add("L1", kind, [f"pair{number}" for number in range(L1_CASES)], (OWN, SEMANTIC))
     for part in ("standard15", "hard"):
-        add("L2", part, cases(L2_CASES), (OWN,))
+        add("L2", part, cases(L2_CASES), (OWN, SEMANTIC))
     add("R1", "standard15", cases(SHARED_PER_CT["standard15"]), (OWN, *peers))
     sizes = [f"x{scale}.t{number}" for number in sorted({1, threads, 2 * threads}) for scale in SCALES]
     for task in SCALE_TASKS:

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from uae.bench.all_figures import draw
-from uae.bench.all_plan import OWN, SHARED
+from uae.bench.all_plan import HEADS, OWN, SEMANTIC, SHARED
 from uae.bench.tables import table
 from uae.files import atomic_path
 
@@ -155,6 +155,9 @@ def text_of(result: Mapping[str, Any], pictures: Mapping[str, str], rows_page: s
     ):
         for part, ways in result.get(key, {}).items():
             lines += ["", f"## {title}, {part}", "", *table(ways, WAYS, "way")]
+    if any(way.startswith(name) for key in ("L1", "L2") for ways in result.get(key, {}).values()
+           for way in ways for name in HEADS):  # fmt: skip
+        lines += ["", f"SAM, SEA and UAE-S: the appearance heads, the semantic head and all heads of {SEMANTIC}."]
     lines += _pictures(pictures, ("reliability",))
     if "A1" in result:
         lines += ["", "## A1: AdaReg on the hard set by round, median TRE in mm", "",

@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from uae.bench.all_plan import OWN, STARTED, VARIANTS, Row
+from uae.bench.all_plan import HEADS, OWN, SEMANTIC, STARTED, VARIANTS, Row
 from uae.bench.embedding import points_shown
 from uae.bench.metrics import transform_tre
 from uae.bench.own import run_own
@@ -24,6 +24,8 @@ from uae.transform import Affine, DisplacementField, Rigid, Transform
 
 SIDES = (3, 5, 7)
 """L of the fixed points' seed cube, as in UAE's ablation, where L = 0 is the nearest neighbour."""
+SEMANTIC_WAYS = (("nearest", 5), ("fixed-point", 5))
+"""Method and side by which the heads compare: the papers' table."""
 L2_POINTS = 60
 SCALE_SEED = FIRST_TEST_SEED + 900
 SCALE_STEP_MM = 80.0
@@ -138,9 +140,18 @@ def _matches(row: Row, pair: BenchPair, options: RunOptions) -> dict[str, Any]:
         # Landmarks of the phantom that the template shows.
         seen = pair.moving.geometry.contains(points) & pair.fixed.geometry.contains(truth)
         points, truth = points[seen], truth[seen]
-    ways = [("nearest", "nearest", 5), *((f"fixed-point-L{side}", "fixed-point", side) for side in SIDES)]
+    model, ways = options.model, [("nearest", "nearest", 5, None)]
+    ways += [(f"fixed-point-L{side}", "fixed-point", side, None) for side in SIDES]
+    if row.system == SEMANTIC:
+        model = SEMANTIC
+        ways = [
+            (f"{name} {way}", method, side, heads)
+            for name, heads in HEADS.items()
+            for way, method, side, _ in ways
+            if (method, side) in SEMANTIC_WAYS
+        ]
     run = run_own(
-        "match", pair.moving, pair.fixed, options.model, options.threads, options.cache_folder, options.timeout_s,
+        "match", pair.moving, pair.fixed, model, options.threads, options.cache_folder, options.timeout_s,
         points=points.tolist(), ways=ways, device=options.device,
     )  # fmt: skip
     more: dict[str, Any] = {"ways": {}}
@@ -164,7 +175,7 @@ def _scale(row: Row, options: RunOptions) -> PeerRun:
     if row.part == "match":
         center = fixed.geometry.center_mm()
         extra |= {"points": (center + np.linspace(-30, 30, 10)[:, None] * np.eye(3)[0]).tolist(),
-                  "ways": [("fixed-point-L5", "fixed-point", 5)]}  # fmt: skip
+                  "ways": [("fixed-point-L5", "fixed-point", 5, None)]}  # fmt: skip
     run = run_own(row.part, fixed, moving, options.model, threads, timeout_s=options.timeout_s, **extra)
     run.info |= {"voxels": int(np.prod(fixed.geometry.shape)), "threads": threads}
     return run

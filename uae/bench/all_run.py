@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import uae
-from uae.bench.all_plan import ALL_PEERS, OWN, STARTED, Row, plan, select
+from uae.bench.all_plan import ALL_PEERS, OWN, SEMANTIC, STARTED, Row, plan, select
 from uae.bench.all_rows import RunOptions, measure
 from uae.bench.all_summary import summarise
 from uae.bench.data import find_data
@@ -29,7 +29,7 @@ from uae.device import cpu_name
 from uae.errors import InputError
 from uae.info import collect
 from uae.json_values import plain
-from uae.models import load_model
+from uae.models import list_models, load_model
 from uae.progress import Cancel, Progress, check_cancel, report
 
 logger = logging.getLogger(__name__)
@@ -43,6 +43,8 @@ SETTLED = ("settings", "threads", "jobs", "device", "peers", "versions", "proces
 """What must be the same for an earlier run's rows to count: accuracy and times."""
 OF_OURS = ("model_sha256", "thresholds", "cached_embeddings", "code_sha256")
 """What must be the same besides for rows that ours has a part in; a peer that starts by itself needs none of it."""
+OF_SEMANTIC = "semantic_sha256"
+"""And for rows of SEMANTIC this."""
 
 
 def run_all(
@@ -204,8 +206,12 @@ class _Run:
 def _earlier_rows(path: Path | None, meta: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
     """Rows of an earlier run that count for this one, by name."""
     before = earlier_run(path, meta, SETTLED).get("meta", {})
-    same = all(before.get(key) == meta[key] for key in OF_OURS)
-    return {row["name"]: row for row in before.get("rows", []) if same or row["system"] in ALL_PEERS}
+    changed = {key for key in (*OF_OURS, OF_SEMANTIC) if before.get(key) != meta[key]}
+
+    def counts(system: str) -> bool:
+        return system in ALL_PEERS or not changed - (set() if system == SEMANTIC else {OF_SEMANTIC})
+
+    return {row["name"]: row for row in before.get("rows", []) if counts(row["system"])}
 
 
 def code_sha256() -> str:
@@ -215,6 +221,11 @@ def code_sha256() -> str:
         if path.relative_to(root).parts[0] not in ("bench", "cli"):
             found.update(path.read_bytes())
     return found.hexdigest()
+
+
+def _sha256_of(name: str) -> str | None:
+    """Hash of a registered model, None where there is none of that name."""
+    return next((str(entry["sha256"]) for entry in list_models() if entry["name"] == name), None)
 
 
 def _peers(names: Sequence[str] | None) -> tuple[list[str], dict[str, str]]:
@@ -243,7 +254,7 @@ def _meta(
         "date": date.today().isoformat(), "quick": quick, "jobs": jobs, "threads": options.threads,
         "device": options.device, "model": model.name, "model_version": model.version, "model_sha256": model.sha256,
         "model_round": model.meta.get("round", 0), "thresholds": plain(model.thresholds),
-        "code_sha256": code_sha256(),
+        "code_sha256": code_sha256(), OF_SEMANTIC: _sha256_of(SEMANTIC),
         "processor": cpu_name(), "processors": os.cpu_count(), "platform": facts["platform"], "python": facts["python"],
         "versions": {"uae": facts["uae"], **facts["libraries"], **versions()}, "peers": list(chosen),
         "skipped": dict(skipped), "settings": settings(), "cached_embeddings": options.cache_folder is not None,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
@@ -148,22 +149,20 @@ def _unrelated(rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
 def _ways(rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     """Landmark rows of every way of matching, with the honesty of scores and `confident`; failed cases are counted."""
     table: dict[str, Any] = {}
-    failed = sum(not row.get("ways") for row in rows)
-    rows = [row for row in rows if row.get("ways")]
-    if not rows:
-        return table
-    for way in rows[0]["ways"]:
-        offsets = np.concatenate([np.array(row["ways"][way]["offset_mm"], dtype=float).reshape(-1, 3) for row in rows])
-        matches = [match for row in rows for match in row["ways"][way]["matches"]]
+    lost = Counter(row["system"] for row in rows if not row.get("ways"))
+    for way in dict.fromkeys(way for row in rows for way in row.get("ways") or ()):
+        own = [row for row in rows if way in (row.get("ways") or ())]
+        offsets = np.concatenate([np.array(row["ways"][way]["offset_mm"], dtype=float).reshape(-1, 3) for row in own])
+        matches = [match for row in own for match in row["ways"][way]["matches"]]
         if not len(offsets):
             continue
         errors = np.linalg.norm(offsets, axis=1)
         sure = np.array([bool(match["confident"]) for match in matches])
         table[way] = {
-            **landmark_row(offsets, np.zeros_like(offsets)), "cases": len(rows), "failed": failed,
+            **landmark_row(offsets, np.zeros_like(offsets)), "cases": len(own), "failed": lost[own[0]["system"]],
             "confident_share": float(sure.mean()),
             "confident_over_10mm": float((errors[sure] > 10.0).mean()) if sure.any() else 0.0,
-            "seconds": float(np.median([row["ways"][way]["seconds"] for row in rows])),
+            "seconds": float(np.median([row["ways"][way]["seconds"] for row in own])),
             "reliability": reliability(np.array([match["score"] for match in matches]), errors),
         }  # fmt: skip
     return table

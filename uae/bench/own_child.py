@@ -8,14 +8,19 @@ from __future__ import annotations
 import dataclasses
 import sys
 import time
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from uae.bench.peers.job import Job, Outcome, Scan, read_job, write_outcome
+from uae.errors import InputError
 from uae.json_values import plain
 from uae.volume import Geometry, Volume
+
+if TYPE_CHECKING:
+    from uae.embedding import Embedding
 
 
 def volume_of(scan: Scan, modality: str) -> Volume:
@@ -97,10 +102,15 @@ def _match(fixed: Volume, moving: Volume, job: Job) -> Outcome:
     embedded = time.perf_counter() - begin
     points = np.array(options["points"], dtype=np.float64)
     found: dict[str, Any] = {}
-    for name, method, side in options["ways"]:
+    pairs = {template.heads: (template, query)}
+    for name, method, side, heads in options["ways"]:
+        wanted = template.heads if heads is None else tuple(heads)
+        if wanted not in pairs:
+            pairs[wanted] = with_heads(template, wanted), with_heads(query, wanted)
+        # Limits are calibrated for all heads together.
+        limits = model.thresholds.get("match") if wanted == template.heads else None
         start = time.perf_counter()
-        limits = model.thresholds.get("match")
-        matches = match_points(template, query, points, method=method, side=side, limits=limits)
+        matches = match_points(*pairs[wanted], points, method=method, side=side, limits=limits)
         found[name] = {
             "seconds": time.perf_counter() - start,
             "matches": [
@@ -109,6 +119,23 @@ def _match(fixed: Volume, moving: Volume, job: Job) -> Outcome:
         }  # fmt: skip
     seconds = time.perf_counter() - begin
     return Outcome(np.eye(4), info=plain({"seconds": seconds, "embed_seconds": embedded, "ways": found}))
+
+
+def with_heads(embedding: Embedding, heads: Sequence[str]) -> Embedding:
+    """An embedding whose descriptors hold some of its heads alone: fine with coarse, or semantic.
+
+    Raises:
+        InputError: it lacks a head, or the choice is another one.
+    """
+    if missing := sorted(set(heads) - set(embedding.heads)):
+        raise InputError(f"the model has no trained head {missing[0]!r}; choose a model that has")
+    if set(heads) == {"fine", "coarse"}:
+        return dataclasses.replace(embedding, semantic=None, _search=None)
+    if set(heads) == {"semantic"}:
+        # A coarse head that is the same everywhere changes no order of similarities.
+        same = np.ones((1, *embedding.coarse.shape[1:]), embedding.coarse.dtype)
+        return dataclasses.replace(embedding, fine=embedding.semantic, coarse=same, semantic=None, _search=None)
+    raise InputError(f"heads {', '.join(heads)}; give fine and coarse, or semantic")
 
 
 TASKS = {"register": _register, "deeds": _deeds, "embed": _embed, "match": _match}
