@@ -205,7 +205,7 @@ def test_page_says_first_where_we_lose(tmp_path):
     rows += [row("L1", "ct-mr", "pair0", tre=None, ways={"nearest": {
         "seconds": 2.0, "offset_mm": [[3.0, 4.0, 0.0]], "matches": [{"score": 0.9, "confident": True}]}})]  # fmt: skip
     rows += [row("S1", "embed", f"x{s}.t1", tre=None, voxels=s, threads=1) for s in (1, 2)]
-    result = summarise(rows, META | {"note": "Beside other work."})
+    result = summarise(rows, META | {"note": "Beside other work.", "planned": 700})
     found = losses(result)
     assert any("median TRE 1.00 mm of simpleitk, 2.00 mm of ours" in text for text in found)
     assert any("1 of our results" in text for text in found)
@@ -218,6 +218,7 @@ def test_page_says_first_where_we_lose(tmp_path):
     assert text.split("\n")[2].startswith("**Where we lose:** R1 hard: median TRE 1.00 mm of simpleitk")
     assert "Skipped: ants, not installed." in text
     assert "\n\nBeside other work.\n\n" in text
+    assert f"**{len(rows)} of the 700 rows of the run are in.**" in text
     assert "| simpleitk | 1 | 1 | 1 |" in text
     assert "`uae bench all --only x`" in files[1].read_text(encoding="utf-8")
     assert all(file.stat().st_size > 1000 for file in files if file.suffix == ".png")

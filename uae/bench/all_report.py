@@ -126,6 +126,8 @@ def text_of(result: Mapping[str, Any], pictures: Mapping[str, str], rows_page: s
         "TRE up to 5 mm beyond what the best rigid leaves. A peer has no verdict: each of its results is accepted. "
         "Seconds: of the registration without starting and reading.",
     ]  # fmt: skip
+    if len(meta["rows"]) < meta.get("planned", 0):
+        lines += ["", f"**{len(meta['rows'])} of the {meta['planned']} rows of the {kind} are in.**"]
     if meta.get("note"):
         lines += ["", meta["note"]]
     if meta["cached_embeddings"]:

@@ -85,6 +85,7 @@ def run_all(
         # The CT of twenty cases is embedded once; what the cache holds is bit by bit what would be computed again.
         options = replace(options, cache_folder=path.parent.resolve() / "embeddings")
     meta = _meta(options, chosen, skipped, quick, jobs) | {"note": note}
+    meta["planned"] = len(plan(quick, chosen, options.threads))
     records = _earlier_rows(path, meta)
     budget = QUICK_MINUTES if quick and budget_minutes is None and not only else budget_minutes
     run = _Run(records, meta, options, Pairs(data), path, budget, progress, cancel)
