@@ -42,7 +42,7 @@ from uae.volume import Volume
 
 META = {
     "date": "2026-01-01", "quick": False, "jobs": 1, "threads": 1, "device": "cpu", "model": "uae-m",
-    "model_version": "1", "model_sha256": "0", "semantic_sha256": "0", "code_sha256": "0", "model_round": 0,
+    "model_version": "1", "model_sha256": "0", "semantic": ["0", {}], "code_sha256": "0", "model_round": 0,
     "processor": "p", "processors": 2, "platform": "l", "python": "3", "thresholds": {}, "versions": {"numpy": "2"},
     "peers": list(ALL_PEERS), "skipped": {"ants": "not installed"},
     "settings": {"simpleitk": {"metric": "x"}}, "cached_embeddings": False, "left_out": [],
@@ -269,7 +269,7 @@ def test_run_resumes_after_every_row(stubbed, tmp_path, monkeypatch, jobs):
     # ours are measured again, the peer's rows stay
     again = sorted(name for name, _ in stubbed[first + 2 * len(R3_ORDERS) :])
     assert again == sorted(f"R3/neck-lumbar/{order}/uae" for order in R3_ORDERS)
-    monkeypatch.setattr(all_run, "_meta", lambda *args: META | {"model_sha256": "other", "semantic_sha256": "new"})
+    monkeypatch.setattr(all_run, "_meta", lambda *args: META | {"model_sha256": "other", "semantic": ["0", {"new": 1}]})
     all_run.run_all(only=["R3/neck-lumbar"], **options)
     # another uae-s changes its own rows alone
     assert len(stubbed) == first + 3 * len(R3_ORDERS)

@@ -159,7 +159,11 @@ def text_of(result: Mapping[str, Any], pictures: Mapping[str, str], rows_page: s
             lines += ["", f"## {title}, {part}", "", *table(ways, WAYS, "way")]
     if any(way.startswith(name) for key in ("L1", "L2") for ways in result.get(key, {}).values()
            for way in ways for name in HEADS):  # fmt: skip
-        lines += ["", f"SAM, SEA and UAE-S: the appearance heads, the semantic head and all heads of {SEMANTIC}."]
+        lines += [
+            "",
+            f"SAM, SEA and UAE-S: the appearance heads, the semantic head and all heads of {SEMANTIC}; "
+            "limits of a confident match hold for all heads together, so that single ones have none.",
+        ]
     lines += _pictures(pictures, ("reliability",))
     if "A1" in result:
         lines += ["", "## A1: AdaReg on the hard set by round, median TRE in mm", "",

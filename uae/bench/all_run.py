@@ -43,8 +43,8 @@ SETTLED = ("settings", "threads", "jobs", "device", "peers", "versions", "proces
 """What must be the same for an earlier run's rows to count: accuracy and times."""
 OF_OURS = ("model_sha256", "thresholds", "cached_embeddings", "code_sha256")
 """What must be the same besides for rows that ours has a part in; a peer that starts by itself needs none of it."""
-OF_SEMANTIC = "semantic_sha256"
-"""And for rows of SEMANTIC this."""
+OF_SEMANTIC = "semantic"
+"""What rows of SEMANTIC need instead of our model's weights and limits: its own."""
 
 
 def run_all(
@@ -140,7 +140,7 @@ class _Run:
                 self.stopped.set()
             pool.shutdown(wait=False, cancel_futures=True)
             # Again and again: a group that had not heard yet may just be starting a child.
-            while wait(running, timeout=STOP_POLL_S).not_done:
+            while any(not future.cancelled() for future in wait(running, timeout=STOP_POLL_S).not_done):
                 end_children()
             raise
         pool.shutdown()
@@ -210,7 +210,8 @@ def _earlier_rows(path: Path | None, meta: Mapping[str, Any]) -> dict[str, dict[
     changed = {key for key in (*OF_OURS, OF_SEMANTIC) if before.get(key) != meta[key]}
 
     def counts(system: str) -> bool:
-        return system in ALL_PEERS or not changed - (set() if system == SEMANTIC else {OF_SEMANTIC})
+        unneeded = {"model_sha256", "thresholds"} if system == SEMANTIC else {OF_SEMANTIC}
+        return system in ALL_PEERS or not changed - unneeded
 
     return {row["name"]: row for row in before.get("rows", []) if counts(row["system"])}
 
@@ -224,9 +225,9 @@ def code_sha256() -> str:
     return found.hexdigest()
 
 
-def _sha256_of(name: str) -> str | None:
-    """Hash of a registered model, None where there is none of that name."""
-    return next((str(entry["sha256"]) for entry in list_models() if entry["name"] == name), None)
+def _weights_and_limits(name: str) -> list[Any] | None:
+    """Hash and limits of a registered model, None where there is none of that name."""
+    return next(([e["sha256"], plain(e.get("thresholds"))] for e in list_models() if e["name"] == name), None)
 
 
 def _peers(names: Sequence[str] | None) -> tuple[list[str], dict[str, str]]:
@@ -255,7 +256,7 @@ def _meta(
         "date": date.today().isoformat(), "quick": quick, "jobs": jobs, "threads": options.threads,
         "device": options.device, "model": model.name, "model_version": model.version, "model_sha256": model.sha256,
         "model_round": model.meta.get("round", 0), "thresholds": plain(model.thresholds),
-        "code_sha256": code_sha256(), OF_SEMANTIC: _sha256_of(SEMANTIC),
+        "code_sha256": code_sha256(), OF_SEMANTIC: _weights_and_limits(SEMANTIC),
         "processor": cpu_name(), "processors": os.cpu_count(), "platform": facts["platform"], "python": facts["python"],
         "versions": {"uae": facts["uae"], **facts["libraries"], **versions()}, "peers": list(chosen),
         "skipped": dict(skipped), "settings": settings(), "cached_embeddings": options.cache_folder is not None,

@@ -329,12 +329,19 @@ def judge_thresholds(
     return result
 
 
-def cross_check(cases: Sequence[Mapping[str, Any]], negatives: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
-    """Limits from the cases of all other CTs, judged on each CT: how well they carry over to an unseen person."""
+def cross_check(
+    cases: Sequence[Mapping[str, Any]],
+    negatives: Sequence[Mapping[str, Any]],
+    other_people: Sequence[Mapping[str, Any]] = (),
+) -> dict[str, Any]:
+    """Limits from the cases of all other CTs, judged on each CT: how well they carry over to an unseen person.
+
+    The arguments are those of `calibrate`.
+    """
     result = {}
     for ct in sorted({case["ct"] for case in cases}):
         others = [case for case in cases if case["ct"] != ct]
         if others:
             own = [case for case in cases if case["ct"] == ct]
-            result[ct] = judge_thresholds(own, [], calibrate(others, negatives))
+            result[ct] = judge_thresholds(own, [], calibrate(others, negatives, other_people))
     return result
