@@ -17,10 +17,14 @@ import torch
 from scipy.ndimage import map_coordinates
 from training_parts import NARROW, tissue_block
 
+from uae.bench.data import DataFolder
+from uae.bench.validation import check_validation
+from uae.cli.common import Session
 from uae.errors import CancelledError, InputError, ModelError
 from uae.network import NetworkConfig, UAENet
 from uae.preprocess import InputMap
 from uae.training import appearance, augment, features, loop, losses, sampling
+from uae.training.appearance import data_root
 from uae.training.config import read_config
 from uae.training.data import load_subjects, phantom_subject, subject_from_volume
 from uae.volume import Volume
@@ -238,9 +242,71 @@ def test_settings_override_and_missing_files_list_what_ships(tmp_path):
     (tmp_path / "bad.toml").write_text("[views\n")
     with pytest.raises(InputError, match="TOML"):
         read_config(tmp_path / "bad.toml")
-    (tmp_path / "short.toml").write_text("[views]\n")
-    with pytest.raises(InputError, match="lacks"):
-        read_config(tmp_path / "short.toml")
+    (tmp_path / "short.toml").write_text("[optimiser]\nsteps = 12\n")
+    small = read_config("small")
+    assert read_config(tmp_path / "short.toml") == small | {"optimiser": small["optimiser"] | {"steps": 12}}
+
+
+def test_a_recipe_may_hold_settings_of_one_branch(tmp_path):
+    for name in ("paper", "released"):
+        probabilities = [
+            read_config(name, branch=branch)["views"][key]
+            for branch in ("semantic", "appearance") for key in ("mr_mr_probability", "real_mr_probability")
+        ]  # fmt: skip
+        assert probabilities == [0.0, 0.0, 1.0, 0.4]
+    assert read_config("released", ["views.rotation_deg=3"], "semantic")["views"]["rotation_deg"] == 3
+    (tmp_path / "own.toml").write_text('[branch.semantic]\n"views.rotation" = 1.0\n')
+    with pytest.raises(InputError, match=r"unknown setting views\.rotation;"):
+        read_config(tmp_path / "own.toml", branch="appearance")
+
+
+@pytest.mark.parametrize(
+    ("setting", "hint"),
+    [
+        ("loss.coarse=cell", "positions, cells"),
+        ("optimiser.schedule=constnat", "cosine, constant"),
+        ("semantic.modalities=both", "ct, all"),
+        ("optimiser.steps=0", "1 or more"),
+        ("optimiser.checkpoint_every=0", "1 or more"),
+        ("data.phantom_seeds=[5]", "first, last"),
+        ("views.scale=[1.2, 0.8]", "low, high"),
+        ("views.patch=[64, 64]", "three whole numbers"),
+        ("loss.temperature=0", "above 0"),
+        ('data.volumes=[{ file = "a.nii.gz", modality = "CT" }]', "a.nii.gz has modality 'CT'"),
+        ('data.volumes=[{ file = "a.nii.gz" }]', "a.nii.gz has modality None"),
+        ('data.volumes=[{ modality = "ct" }]', "names no file"),
+    ],
+)
+def test_values_that_mean_nothing_are_refused_with_what_may_stand_there(setting, hint):
+    with pytest.raises(InputError, match=hint):
+        read_config("small", [setting])
+
+
+def test_only_scans_need_the_folder_of_scans(monkeypatch, tmp_path):
+    monkeypatch.setenv("UAE_DATA", str(tmp_path / "none"))
+    phantoms = read_config("small", ["data.volumes=[]"])
+    packed = read_config("small", ["data.packed=all.npz"])
+    assert data_root(phantoms, "appearance", None) == data_root(packed, "semantic", None) == Path.cwd()
+    pairs = read_config("small", ["data.packed=all.npz", "crossmodal.simulated_pairs=1"])
+    for config, branch in ((read_config("small"), "appearance"), (pairs, "crossmodal")):
+        with pytest.raises(InputError, match="UAE_DATA"):
+            data_root(config, branch, None)
+
+
+def test_missing_validation_scans_are_noticed_before_the_training(tmp_path):
+    with pytest.raises(InputError, match="is missing"):
+        check_validation(DataFolder(tmp_path), ["hard"])
+    with pytest.raises(InputError, match=r"validation\.sets"):
+        check_validation(DataFolder(tmp_path), ["heard"])
+
+
+def test_only_the_first_of_several_processes_speaks(capsys):
+    session = Session("json")
+    session.mute()
+    session.say("written")
+    session.progress("training", 0.5)
+    session.finish(0, "done")
+    assert capsys.readouterr() == ("", "")
 
 
 def test_only_training_seeds_of_the_phantom_are_trained_on():

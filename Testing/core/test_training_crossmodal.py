@@ -102,7 +102,7 @@ def test_fov_negatives_enter_the_loss_of_every_query():
     pair = losses.PairFeatures(query, query, far, places, places, torch.tensor([[500.0, 0, 0]]))
     weights = {"weights": (0.0, 1.0, 0.0)}
     without = float(losses.appearance_loss([pair], weights)[0])
-    pair.beyond = unit([1.0, 0.0])
+    pair.beyond, pair.beyond_mm = unit([1.0, 0.0]), torch.tensor([[-500.0, 0, 0]])
     with_them = float(losses.appearance_loss([pair], weights)[0])
     rest = 2 * 1.0 + math.exp(-math.sqrt(0.5) / 0.1)  # other query, its partner, the random cell; positive e^10
     first = math.log((math.exp(10) + rest) / math.exp(10))
@@ -110,6 +110,12 @@ def test_fov_negatives_enter_the_loss_of_every_query():
     near = math.log((2 * math.exp(10) + rest) / math.exp(10))  # the new one looks like the first query
     expected = (near + math.log((math.exp(10) + rest + 1) / math.exp(10))) / 2
     assert with_them == pytest.approx(expected, abs=1e-6)
+    chosen = {**weights, "hardest": 2, "diverse": 1}
+    least = math.log((2 * math.exp(10) + 1) / math.exp(10)) / 2  # on top of the hard negatives, not among them
+    assert float(losses.appearance_loss([pair], chosen)[0]) > least
+    pair.beyond_mm = torch.tensor([[3.0, 0, 0]])  # as near to the first query as a negative must not be
+    spared = (first + math.log((math.exp(10) + rest + 1) / math.exp(10))) / 2
+    assert float(losses.appearance_loss([pair], weights)[0]) == pytest.approx(spared, abs=1e-6)
 
 
 def test_one_step_of_a_mixed_mini_batch_trains(task):
@@ -195,6 +201,24 @@ def test_refused_and_failed_pairs_are_in_the_table_but_not_trained_on(registerin
     assert asked[-1] == "accepted-1.nii.gz" and other_round[0].key != rows[0].key
 
 
+def test_pairs_that_are_added_later_leave_the_stored_ones_alone(registering):
+    pairs, settings, folder, asked = registering
+    first, second = pairs[0], pairs[4]
+    (row,) = registrations.register_pairs([first], settings, folder)
+    stored = (folder / row.file).read_bytes()
+    rows = registrations.register_pairs([second, first], settings, folder)
+    assert len(asked) == 2 and rows[1] == row and rows[0].file != row.file
+    assert (folder / row.file).read_bytes() == stored
+
+
+def test_a_restart_takes_up_what_several_processes_had_finished(registering):
+    pairs, settings, folder, asked = registering
+    registrations.register_pairs(pairs[:2], settings, folder)
+    (folder / registrations.TABLE).rename(folder / f".1.{registrations.TABLE}")
+    registrations.register_pairs(pairs[:2], settings, folder)
+    assert len(asked) == 2
+
+
 def test_pairs_registered_in_parallel_give_the_same_table(tmp_path):
     ct = tissue_block()
     mr, _ = moved_mr(ct)
@@ -248,7 +272,8 @@ def test_simulated_pairs_show_their_ct_where_the_truth_says(tmp_path):
     make_pairs(config, tmp_path, table)
     (ct_file, mr_file), = read_pairs(table)
     assert ct_file == (tmp_path / "x" / "ct.nii.gz").resolve()
-    truth = Rigid(np.array(json.loads((tmp_path / "out" / "x-0-truth.json").read_text())["fixed_to_moving_rigid"]))
+    (truth_file,) = (tmp_path / "out").glob("x-*-0-truth.json")
+    truth = Rigid(np.array(json.loads(truth_file.read_text())["fixed_to_moving_rigid"]))
     mr = Volume.read(mr_file)
 
     points = ct.geometry.index_to_mm(np.argwhere(ct.array > -500)[::7, ::-1].astype(float))
@@ -264,3 +289,20 @@ def test_simulated_pairs_show_their_ct_where_the_truth_says(tmp_path):
     right, share = shared_information(0.0)
     assert 0.05 < share < 0.95
     assert right > 2 * max(shared_information(offset)[0] for offset in (-25.0, 25.0))
+
+
+def test_simulated_pairs_of_cts_that_share_a_folder_are_different_people(tmp_path):
+    files = ["cts/a.nii.gz", "cts/b.nii.gz"]
+    (tmp_path / "cts").mkdir()
+    for shape, file in zip(((70, 80, 80), (70, 90, 70)), files, strict=True):
+        tissue_block(shape=shape).write(tmp_path / file)
+    config = small_config("crossmodal.simulated_pairs=1", "data.phantom_seeds=[0, 0]")
+    config["data"]["volumes"] = [{"file": file, "modality": "ct"} for file in files]
+    table = tmp_path / "out" / "pairs.csv"
+    make_pairs(config, tmp_path, table)
+    pairs = read_pairs(table)
+    assert len({mr for _, mr in pairs}) == len({ct for ct, _ in pairs}) == 2
+    kept = [mr.read_bytes() for _, mr in pairs]
+    config["data"]["volumes"].reverse()
+    make_pairs(config, tmp_path, table)
+    assert [mr.read_bytes() for _, mr in reversed(read_pairs(table))] == kept

@@ -180,6 +180,18 @@ def test_validation_keeps_the_best_model_and_survives_a_resume(subjects, tmp_pat
     assert list((tmp_path / "tensorboard").glob("events*"))
 
 
+def test_a_failed_validation_keeps_the_steps(subjects, tmp_path):
+    def fails(path):
+        raise InputError("a scan is gone")
+
+    config = small_config("validation.every=3", "optimiser.checkpoint_every=100")
+    with pytest.raises(InputError, match="gone"):
+        trainer_for(config, subjects, tmp_path, validate=fails).run()
+    again = trainer_for(config, subjects, tmp_path)
+    again.load()
+    assert again.done == 3
+
+
 def test_budget_stops_after_a_saved_step(subjects, tmp_path):
     trainer = trainer_for(small_config(), subjects, tmp_path)
     trainer.run(budget_minutes=0.0)

@@ -7,17 +7,31 @@ from pathlib import Path
 
 import numpy as np
 
-from uae.bench.data import VALIDATION_CTS, find_data
+from uae.bench.data import VALIDATION_CTS, DataFolder, find_data
 from uae.bench.embedding import case_points, case_seed
 from uae.bench.metrics import RIGID_SUCCESS_MM, transform_tre
 from uae.embedding import embed
+from uae.errors import InputError
 from uae.matching import nearest
 from uae.models import load_model
 from uae.preprocess import body_mask
 from uae.registration.adareg import estimate
-from uae.simulate import simulate_mr
+from uae.simulate import SETS, simulate_mr
 
 POINTS = 500
+
+
+def check_validation(data: DataFolder, sets: Sequence[str], subjects: Sequence[str] = VALIDATION_CTS) -> None:
+    """Find out before the training what `quick_validation` would miss hours later.
+
+    Raises:
+        InputError: a validation CT is not there, or an unknown set.
+    """
+    unknown = [name for name in sets if name not in SETS]
+    if unknown or not sets:
+        raise InputError(f"validation.sets = {list(sets)}: choose from {', '.join(SETS)}")
+    for subject in subjects:
+        data.file(f"{subject}/ct.nii.gz")
 
 
 def quick_validation(

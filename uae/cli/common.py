@@ -44,6 +44,11 @@ class Session:
         self._stage = ""
         self._started = self._reported = self._first = 0.0
         self._open_line = False
+        self._muted = False
+
+    def mute(self) -> None:
+        """Say nothing more: another process of the same command speaks."""
+        self.json, self.bar, self._muted = False, False, True
 
     def progress(self, stage: str, fraction: float) -> None:
         """Report `fraction` (0..1) of `stage`; the `Progress` that the core's functions take."""
@@ -78,7 +83,8 @@ class Session:
     def say(self, text: str = "") -> None:
         """Print a result for the user."""
         self.close()
-        print(text, file=sys.stderr if self.json else sys.stdout, flush=True)
+        if not self._muted:
+            print(text, file=sys.stderr if self.json else sys.stdout, flush=True)
 
     def finish(self, exit_code: int, message: str) -> None:
         """Write the last JSON line."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -114,7 +115,9 @@ def run_train(arguments: argparse.Namespace, session: Session) -> int:
     """Train one branch."""
     from uae.training.config import read_config, setting_names
 
-    config = read_config(arguments.config, arguments.set)
+    if int(os.environ.get("RANK", "0")) > 0:
+        session.mute()
+    config = read_config(arguments.config, arguments.set, arguments.branch)
     output = check_writable(arguments.output, folder=True)
     if arguments.device != "auto":
         config["device"] = arguments.device
@@ -140,10 +143,10 @@ def run_train(arguments: argparse.Namespace, session: Session) -> int:
 def _validation(arguments: argparse.Namespace, config: dict[str, Any]) -> Callable[[Path], dict[str, float]]:
     """Measures a model file on the validation subjects; `score` decides which checkpoint is the best."""
     from uae.bench.data import find_data
-    from uae.bench.validation import quick_validation
+    from uae.bench.validation import check_validation, quick_validation
 
-    find_data(arguments.data)
     settings = config["validation"]
+    check_validation(find_data(arguments.data), settings["sets"])
     return lambda path: quick_validation(
         path, arguments.data, settings["sets"], settings["cases"], config.get("device", "auto")
     )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -196,7 +197,8 @@ def train(
         output: folder of checkpoints, `log.jsonl`, TensorBoard curves and the exported model.
         root: folder of the training data; default the one that UAE_DATA names.
         resume: go on from the last checkpoint in `output`.
-        budget_minutes: stop (resumable) after this much time; the schedule counts steps, not minutes.
+        budget_minutes: stop (resumable) after this much time, loading and registering pairs among it; the schedule
+            counts steps, not minutes.
         progress: called after every step.
         cancel: asked before every step.
         branch: "appearance", "semantic" or "crossmodal".
@@ -216,16 +218,34 @@ def train(
     config = complete(config)
     if "threads" in config:
         torch.set_num_threads(int(config["threads"]))
-    folder = find_data(root).root
+    start = time.monotonic()
+    folder = data_root(config, branch, root)
     config["device"] = distributed.join(config.get("device", "auto"))
     try:
+        distributed.own_share(range(config["views"]["pairs_per_step"]))
         torch.manual_seed(int(config["optimiser"]["seed"]))
         task = make_task(branch, config, folder, Path(output), progress, cancel)
         task.distribute()
         trainer = Trainer(task, config, Path(output), branch, explicit, validate)
+        if budget_minutes is not None:
+            budget_minutes -= (time.monotonic() - start) / 60
         return trainer.run(resume, budget_minutes, progress, cancel)
     finally:
         distributed.leave()
+
+
+def data_root(config: dict[str, Any], branch: str, root: str | Path | None) -> Path:
+    """Folder of the training data; where no scan is asked for (phantoms, packed volumes), none has to exist.
+
+    Raises:
+        InputError: there is no such folder.
+    """
+    data = config["data"]
+    scans = [] if data["packed"] else data["volumes"]
+    made = branch == "crossmodal" and config["crossmodal"]["simulated_pairs"]
+    if root is not None or scans or data["totalsegmentator"] or made:
+        return find_data(root).root
+    return Path.cwd()
 
 
 def make_task(

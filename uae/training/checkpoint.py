@@ -18,7 +18,7 @@ from uae.network import NetworkConfig
 logger = logging.getLogger(__name__)
 
 CHECKPOINT = "checkpoint.pt"
-FREE_SETTINGS = ("device", "threads", "data.packed", "network.init", "crossmodal.jobs", "optimiser.checkpoint_every",
+FREE_SETTINGS = ("device", "threads", "network.init", "crossmodal.jobs", "optimiser.checkpoint_every",
                  "validation.")  # fmt: skip
 """Settings (or beginnings of their names) that may differ on resume: they do not change what is learned, or have done
 their work at the start."""

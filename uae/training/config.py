@@ -9,13 +9,15 @@ from pathlib import Path
 from typing import Any
 
 from uae.errors import InputError
+from uae.training.setting_values import check_values
 from uae.training.settings import SETTINGS
 
 CONFIG_FOLDER = Path(__file__).parent / "configs"
 SHIPPED = ("small", "paper", "released")
-REQUIRED = ("network", "data", "views", "loss", "optimiser")
 TABLES = tuple(dict.fromkeys(name.split(".")[0] for name in SETTINGS))
 TOP = ("device", "threads")
+BRANCH = "branch"
+"""Table of settings by branch: [branch.semantic] "views.rotation_deg" = 0.0."""
 
 
 def _toml(text: str) -> dict[str, Any]:
@@ -32,12 +34,13 @@ def shipped(name: str) -> dict[str, Any]:
     return _toml((CONFIG_FOLDER / f"{name}.toml").read_text(encoding="utf-8"))
 
 
-def read_config(path: str | Path, settings: list[str] | None = None) -> dict[str, Any]:
+def read_config(path: str | Path, settings: list[str] | None = None, branch: str = "") -> dict[str, Any]:
     """Read a training configuration and override single values.
 
     Args:
         path: a TOML file, or the name of one that ships ("small", "paper", "released").
         settings: "table.key=value"; the value is TOML (number, true, [list], "text") or a bare word.
+        branch: what the recipe holds for this branch alone takes the place of what it holds for all.
 
     Raises:
         InputError: the file is missing, is not TOML, or a setting does not exist.
@@ -54,9 +57,13 @@ def read_config(path: str | Path, settings: list[str] | None = None) -> dict[str
         ) from error
     except ValueError as error:
         raise InputError(f"--config {path}: not a valid TOML file ({error})") from error
+    own = _of_branch(config.pop(BRANCH, {}), branch)
     config = complete(config)
+    for key, value in own.items():
+        _put(config, key, value)
     for setting in settings or []:
         _override(config, setting)
+    check_values(config)
     return config
 
 
@@ -70,13 +77,27 @@ def _override(config: dict[str, Any], setting: str) -> None:
     key = key.strip()
     if not separator or key not in SETTINGS:
         raise InputError(f"--set {setting}: no such setting; write TABLE.KEY=VALUE, see uae train --help")
-    table, name = key.split(".")
     try:
         value = _toml(f"value = {text}")["value"]
     except ValueError:
         value = text.strip()
-    config[table][name] = value
+    _put(config, key, value)
+
+
+def _put(config: dict[str, Any], key: str, value: Any) -> None:
+    table, name = key.split(".")
     _check_kind(key, value)
+    config[table][name] = value
+
+
+def _of_branch(tables: Any, branch: str) -> dict[str, Any]:
+    """Settings {full name: value} of a branch; all branches' names are checked."""
+    if not isinstance(tables, dict) or not all(isinstance(own, dict) for own in tables.values()):
+        raise InputError('the training configuration: write [branch.semantic] and below it "table.key" = value')
+    unknown = [key for own in tables.values() for key in own if key not in SETTINGS]
+    if unknown:
+        raise InputError(f"the training configuration holds the unknown setting {unknown[0]}; see uae train --help")
+    return tables.get(branch, {})
 
 
 def _check_kind(key: str, value: Any) -> None:
@@ -95,11 +116,8 @@ def complete(config: dict[str, Any]) -> dict[str, Any]:
     """A configuration with every setting; what it leaves out is taken from small.toml.
 
     Raises:
-        InputError: a main table is missing, or a setting is unknown or of another kind.
+        InputError: a setting is unknown, of another kind or has a value that means nothing.
     """
-    missing = [table for table in REQUIRED if table not in config]
-    if missing:
-        raise InputError(f"the training configuration lacks the table [{missing[0]}]; start from small.toml")
     result = copy.deepcopy(shipped("small"))
     for table, values in config.items():
         if table in TOP:
@@ -113,6 +131,7 @@ def complete(config: dict[str, Any]) -> dict[str, Any]:
                 raise InputError(f"the training configuration holds the unknown setting {key}; see uae train --help")
             _check_kind(key, value)
             result[table][name] = value
+    check_values(result)
     return result
 
 

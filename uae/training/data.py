@@ -76,7 +76,8 @@ def load_subjects(
     if data.get("packed"):
         from uae.training.pack import read_packed
 
-        subjects += read_packed(root / data["packed"])
+        packed = Path(data["packed"])
+        subjects += read_packed(packed if packed.is_file() else root / packed)
     for entry in entries:
         step("loading volumes")
         subjects.append(_entry_subject(entry, root, table))

@@ -129,6 +129,8 @@ def step_features(network: UAENet, pyramid: Tensor, coarse: Tensor, pairs: list[
         if pair.beyond is not None:
             far = rough(2, fine_positions(pair.beyond[1]))
             features.beyond = {"fine": _unit(answers[beyond]), "coarse": _unit(far)}
+            view, cells = pair.beyond
+            features.beyond_mm = (view.common(fine_positions(cells)) * NETWORK_SPACING_MM).to(device)
         result.append(features)
     return result
 

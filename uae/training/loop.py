@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from uae.errors import InputError, ModelError
+from uae.errors import InputError, ModelError, UAEError
 from uae.network import NetworkConfig
 from uae.preprocess import InputMap
 from uae.progress import Cancel, Progress, check_cancel, report
@@ -245,7 +245,11 @@ class Trainer:
             report(progress, "training", self.done / total)
             out_of_time = self._agreed(time.monotonic() - start > budget)
             if self._due(total):
-                self._validate(record)
+                try:
+                    self._validate(record)
+                except UAEError:
+                    self.save()  # the steps since the last checkpoint are good
+                    raise
             if self.done % every == 0 or self.done == total or out_of_time:
                 self.save()
             if out_of_time and self.done < total:

@@ -24,7 +24,8 @@ class PairFeatures:
         negative: {"fine", "coarse"} -> (N, C) at random cells of both views.
         query_mm, partner_mm, negative_mm: (.., 3) float32 places in the subject (fp16 maps lose up to 1 mm).
         subject: which subject; places of one subject compare across pairs.
-        beyond: {"fine", "coarse"} -> (F, C) of the larger scan outside the dilated overlap: negatives of every query.
+        beyond: {"fine", "coarse"} -> (F, C) of the fixed scan outside the dilated overlap: negatives of every query.
+        beyond_mm: (F, 3) float32 their places in the subject.
         seed: of the random choice among hard negatives.
     """
 
@@ -36,6 +37,7 @@ class PairFeatures:
     negative_mm: Tensor
     subject: int = 0
     beyond: dict[str, Tensor] | None = None
+    beyond_mm: Tensor | None = None
     seed: int = 0
 
 
@@ -125,12 +127,8 @@ def _similarities(
         parts = [pair.negative[level], pair.partner[level], pair.query[level]]
         if len(others):
             parts.append(pool.features[level][others].flatten(0, 1))
-        if pair.beyond is not None:
-            parts.append(pair.beyond[level])
         positive[level] = (pair.query[level] * pair.partner[level]).sum(-1)
         negative[level] = pair.query[level] @ torch.cat(parts).T
-    if pair.beyond is not None:
-        apart.append(pair.query_mm.new_full((len(pair.query_mm), len(pair.beyond["fine"])), float("inf")))
     distance = torch.cat(apart, 1)
     return (
         positive,
@@ -138,6 +136,19 @@ def _similarities(
         distance < settings["fine_exclusion_mm"],
         distance < settings["coarse_exclusion_mm"],
     )
+
+
+def _append_beyond(
+    pair: PairFeatures, settings: Mapping[str, Any], negative: dict[str, Tensor], near: dict[str, Tensor]
+) -> None:
+    """Add the cells outside the overlap to the chosen negatives: N_neg + N_fov (equation 8 of the paper)."""
+    extra = {level: pair.query[level] @ pair.beyond[level].T for level in LEVELS}
+    extra["joint"] = (extra["fine"] + extra["coarse"]) / 2
+    apart = distances(pair.query_mm, pair.beyond_mm)
+    for name in negative:
+        radius = settings["coarse_exclusion_mm" if name == "coarse" else "fine_exclusion_mm"]
+        negative[name] = torch.cat([negative[name], extra[name]], 1)
+        near[name] = torch.cat([near[name], apart < radius], 1)
 
 
 DEFAULT_LOSS = {
@@ -153,9 +164,9 @@ def appearance_loss(
     """Joint, fine and coarse InfoNCE, averaged over the pairs of this process.
 
     Negatives of a query: random cells and the other partners of its own pair, farther than the exclusion radius, the
-    random cells of the other pairs (of the same subject only those farther than the radius), and for registered pairs
-    the cells outside the dilated overlap. Queries come from both views and share one pool, so the two directions are
-    treated alike. With `hardest` above 0 each query keeps a random `diverse` of its `hardest` negatives.
+    random cells of the other pairs (of the same subject only those farther than the radius). Queries come from both
+    views and share one pool, so the two directions are treated alike. With `hardest` above 0 each query keeps a random
+    `diverse` of its `hardest` negatives. For registered pairs the cells outside the dilated overlap come on top.
 
     Args:
         pairs: features of each pair.
@@ -174,9 +185,9 @@ def appearance_loss(
         positive, negative, near_fine, near_coarse = _similarities(pair, pool, index, settings)
         positive["joint"] = (positive["fine"] + positive["coarse"]) / 2
         negative["joint"] = (negative["fine"] + negative["coarse"]) / 2
+        near = {"joint": near_fine, "fine": near_fine, "coarse": near_coarse}
         best = negative["joint"].detach().masked_fill(near_fine, -2.0).amax(1)
         hits += (positive["joint"].detach() > best).float().mean()
-        near = {"joint": near_fine, "fine": near_fine, "coarse": near_coarse}
         if settings["hardest"]:
             generator = torch.Generator().manual_seed(pair.seed)
             kept = hard_and_diverse(
@@ -184,6 +195,8 @@ def appearance_loss(
             )
             negative = {level: value.gather(1, kept) for level, value in negative.items()}
             near = {level: value.gather(1, kept) for level, value in near.items()}
+        if pair.beyond is not None:
+            _append_beyond(pair, settings, negative, near)
         parts = [info_nce(positive[n], negative[n], near[n], settings["temperature"]) for n in near]
         totals = totals + torch.stack(parts)
     totals = totals / len(pairs)

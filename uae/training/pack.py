@@ -118,6 +118,8 @@ def main() -> int:
     arguments = parser.parse_args()
     try:
         data = read_config(arguments.config)["data"] | {"phantom_seeds": (0, 0), "packed": ""}
+        if any(entry.get("labels") for entry in data["volumes"]):
+            logger.warning("labels are not packed; the semantic branch learns nothing from them there")
         subjects = load_subjects(data, find_data(arguments.data).root)
         quantum = write_packed(arguments.output, subjects)
     except UAEError as error:

@@ -200,18 +200,23 @@ def register_pairs(
     from uae.models import load_model
 
     folder.mkdir(parents=True, exist_ok=True)
-    digest = load_model(settings["model"]).sha256
-    earlier = {row.key: row for row in read_table(folder / TABLE) if row.status != FAILED}
+    model = load_model(settings["model"])
+    limits = json.dumps(model.thresholds.get("registration"), sort_keys=True)
+    tables = [folder / TABLE, *sorted(folder.glob(f".*.{TABLE}"))]
+    earlier = {row.key: row for table in tables for row in read_table(table) if row.status != FAILED}
     jobs = []
-    for number, (ct, mr) in enumerate(pairs):
+    for ct, mr in pairs:
         work = {
             "ct": str(ct), "mr": str(mr), "model": settings["model"], "deformable": settings["deformable"],
             "preset": settings["preset"], "margin": margin_of(settings), "verdicts": list(settings["verdicts"]),
-            "file": str(folder / f"pair-{number:04d}.npz"), "device": device,
+            "device": device,
         }  # fmt: skip
-        parts = {k: v for k, v in work.items() if k not in ("file", "device", "model")}
-        parts |= {"sha": digest, "files": [sha256(file) if file.is_file() else str(file) for file in (ct, mr)]}
+        parts = {k: v for k, v in work.items() if k not in ("device", "model")}
+        parts |= {"sha": model.sha256, "limits": limits}
+        parts |= {"files": [sha256(file) if file.is_file() else str(file) for file in (ct, mr)]}
         work["key"] = hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:16]
+        # Named by what it holds: pairs may be added, left out or listed in another order between two runs.
+        work["file"] = str(folder / f"pair-{work['key']}.npz")
         jobs.append(work)
     mine = distributed.strided_share(range(len(jobs)))
     done = {i: earlier[jobs[i]["key"]] for i in mine if jobs[i]["key"] in earlier}

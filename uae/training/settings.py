@@ -63,7 +63,7 @@ SETTINGS: dict[str, str] = {
     "synthetic.cross_subject": "share of a phantom's pairs whose second view is another phantom (ours)",
     "loss.temperature": "divisor of the similarities (papers: 0.5; ours: 0.1, 20 % against 7 % of matches < 10 mm)",
     "loss.fine_exclusion_mm": "no negatives nearer than this, fine and joint term (code: 20)",
-    "loss.coarse_exclusion_mm": "the same for the coarse term (code: 10, five voxels)",
+    "loss.coarse_exclusion_mm": "the same for the coarse term (code: 5)",
     "loss.weights": "of the joint, fine and coarse term (papers: 0, 1, 1)",
     "loss.other_pairs": "the random cells of other pairs are negatives too (ours)",
     "loss.hardest": "negatives by similarity among which `diverse` are drawn; 0: all are used (code: 2000)",

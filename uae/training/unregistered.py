@@ -7,6 +7,7 @@ those of the training augmentation: the tables of the validation simulator are n
 from __future__ import annotations
 
 import csv
+import hashlib
 import json
 import logging
 from pathlib import Path
@@ -67,10 +68,10 @@ def make_pairs(
     seed = int(config["optimiser"]["seed"])
     for count, (kind, source, number) in enumerate(work):
         check_cancel(cancel)
-        name = f"phantom-{source}" if kind == "phantom" else f"{str(source).split('/')[0]}-{number}"
+        name = f"phantom-{source}" if kind == "phantom" else f"{_short_name(str(source))}-{number}"
         ct_file, mr_file = folder / f"{name}-ct.nii.gz", folder / f"{name}-mr.nii.gz"
         truth = folder / f"{name}-{TRUTH}"
-        rng = np.random.default_rng([seed, count])
+        rng = np.random.default_rng([seed, *name.encode()])
         if kind == "simulated":
             check_training_file(str(source))
             ct_file = root / str(source)
@@ -88,6 +89,13 @@ def make_pairs(
         writer.writerow(COLUMNS)
         writer.writerows(rows)
     logger.info("%d pairs in %s", len(rows), table)
+
+
+def _short_name(file: str) -> str:
+    """A name for what is made of a scan, different for every path: CTs may share a folder or be called alike."""
+    path = Path(file)
+    label = path.parent.name or path.name.split(".")[0]
+    return f"{label}-{hashlib.sha256(path.as_posix().encode()).hexdigest()[:8]}"
 
 
 def _random_move(rng: np.random.Generator, center: np.ndarray) -> Rigid:
