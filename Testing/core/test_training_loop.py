@@ -214,7 +214,7 @@ def test_sgd_with_a_constant_rate_and_without_averaging_is_the_papers_optimiser(
 
 def test_every_setting_is_explained_and_every_configuration_is_whole():
     for name in ("small", "paper", "released"):
-        config = shipped(name)
+        config = {table: values for table, values in shipped(name).items() if table != "branch"}
         assert {f"{t}.{k}" for t, values in config.items() for k in values} == set(SETTINGS)
         assert complete(config) == config
     text = explain()

@@ -215,7 +215,7 @@ def train(
     """
     from uae.training.config import complete
 
-    config = complete(config)
+    config = complete(config, branch)
     if "threads" in config:
         torch.set_num_threads(int(config["threads"]))
     start = time.monotonic()

@@ -57,10 +57,7 @@ def read_config(path: str | Path, settings: list[str] | None = None, branch: str
         ) from error
     except ValueError as error:
         raise InputError(f"--config {path}: not a valid TOML file ({error})") from error
-    own = _of_branch(config.pop(BRANCH, {}), branch)
-    config = complete(config)
-    for key, value in own.items():
-        _put(config, key, value)
+    config = complete(config, branch)
     for setting in settings or []:
         _override(config, setting)
     check_values(config)
@@ -112,14 +109,18 @@ def _check_kind(key: str, value: Any) -> None:
         raise InputError(f"{key} = {value!r}: a {type(expected).__name__} is needed, such as {expected!r}")
 
 
-def complete(config: dict[str, Any]) -> dict[str, Any]:
+def complete(config: dict[str, Any], branch: str = "") -> dict[str, Any]:
     """A configuration with every setting; what it leaves out is taken from small.toml.
+
+    What its table [branch.<branch>] holds takes the place of what it holds for all branches.
 
     Raises:
         InputError: a setting is unknown, of another kind or has a value that means nothing.
     """
     result = copy.deepcopy(shipped("small"))
     for table, values in config.items():
+        if table == BRANCH:
+            continue
         if table in TOP:
             result[table] = values
             continue
@@ -131,6 +132,8 @@ def complete(config: dict[str, Any]) -> dict[str, Any]:
                 raise InputError(f"the training configuration holds the unknown setting {key}; see uae train --help")
             _check_kind(key, value)
             result[table][name] = value
+    for key, value in _of_branch(config.get(BRANCH, {}), branch).items():
+        _put(result, key, value)
     check_values(result)
     return result
 
