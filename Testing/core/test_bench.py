@@ -5,13 +5,18 @@ import math
 
 import numpy as np
 import pytest
+import torch
 
+from uae.bench import calibration
 from uae.bench.calibrate import FIGURES, calibrate, cross_check, fit_box, fit_match, judge_thresholds
 from uae.bench.metrics import point_errors, summarise, transform_tre, verdict_of_case
 from uae.bench.parts import PARTIAL, PARTIAL_SHARE, along_body, partial_pair
 from uae.errors import InputError
 from uae.geometry import Geometry
 from uae.json_values import plain
+from uae.models import load_model, save_model
+from uae.network import NetworkConfig, UAENet
+from uae.preprocess import InputMap
 from uae.simulate import SimulatedPair
 from uae.transform import Rigid
 from uae.volume import Volume
@@ -163,6 +168,46 @@ def test_calibrated_limits_separate():
     across = cross_check(cases, negatives)
     assert set(across) == {"a", "b"}
     assert across["a"]["hard"]["confident_failure_rate"] == 0.0
+    assert "no-overlap" not in across["a"]
+
+
+def test_pairs_that_show_the_ct_held_out_are_judged_and_not_learned_from():
+    cases = [case(1.0, features=GOOD, ct=ct) for ct in "ab" for _ in range(3)]
+    pair = {"kind": "no-overlap", "registration": {"features": GOOD}, "fixed_point": [], "guided": []}
+    across = cross_check(cases, [pair | {"cts": ["a", "b"]}])
+    assert across["a"]["no-overlap"]["accepted"] == across["b"]["no-overlap"]["accepted"] == 1
+    assert cross_check(cases, [pair | {"cts": ["b"]}])["a"]["hard"]["accepted_rate"] == 0.0
+
+
+def test_calibration_stores_limits_in_a_copy_of_the_model(monkeypatch, tmp_path):
+    def suite(model, studies, data_dir, quick, sides, path, options, progress, cancel):
+        records = [match(1.0, score=0.8 + 0.001 * i) for i in range(200)]
+        pairs = [{"kind": kind, "matches": {"fixed_point_5": records}} for kind in ("ct_ct", "ct_mr")]
+        assert options.moving == "ct" and sides == (0, 5)
+        return {"cases": [case(1.0, features=GOOD, ct=ct) for ct in "ab"], "inter_subject": {"cases": pairs}}
+
+    def negatives(model, data_dir, per_kind, save, device, moving, earlier, progress, cancel):
+        told.append(list(earlier))
+        records = [{"name": "x", "kind": "no-overlap", "cts": ["a"], "registration": {"features": BAD},
+                    "fixed_point": [match(None, score=0.4)] * 9, "guided": []}]  # fmt: skip
+        save(records)
+        return records
+
+    told = []
+    monkeypatch.setattr(calibration, "run_suite", suite)
+    monkeypatch.setattr(calibration, "run_negatives", negatives)
+    torch.manual_seed(0)
+    config = NetworkConfig.light()
+    save_model(tmp_path / "own.pt", UAENet(config).state_dict(), config, InputMap(), {}, {"name": "own"})
+    model = load_model(tmp_path / "own.pt")
+    found = calibration.run_calibration(model, tmp_path / "c.json", tmp_path / "calibrated.pt", moving="ct")
+    copy = load_model(tmp_path / "calibrated.pt")
+    assert copy.thresholds == found["thresholds"] and copy.thresholds["match"]["fixed-point"]["score"] > 0.4
+    assert copy.meta["calibration"]["moving"] == "ct" and copy.meta["name"] == "own"
+    assert all(torch.equal(value, copy.state[key]) for key, value in model.state.items())
+    stored = json.loads((tmp_path / "c.json").read_text())
+    assert stored["thresholds"] == found["thresholds"] and stored["judged"]["no-overlap"]["accepted"] == 0
+    assert stored["cross_check"]["a"]["no-overlap"]["pairs"] == 1 and told == [[]]
 
 
 def test_scans_smaller_than_any_case_are_outside_the_calibration():

@@ -8,7 +8,7 @@ from __future__ import annotations
 import itertools
 import logging
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -336,12 +336,18 @@ def cross_check(
 ) -> dict[str, Any]:
     """Limits from the cases of all other CTs, judged on each CT: how well they carry over to an unseen person.
 
-    The arguments are those of `calibrate`.
+    Negative pairs that show the CT are judged as well and take no part in the limits. The arguments are those of
+    `calibrate`.
     """
     result = {}
     for ct in sorted({case["ct"] for case in cases}):
-        others = [case for case in cases if case["ct"] != ct]
+        own, others = _parted(cases, lambda case, ct=ct: case["ct"] == ct)
+        shown, elsewhere = _parted(negatives, lambda pair, ct=ct: ct in pair.get("cts", ()))
         if others:
-            own = [case for case in cases if case["ct"] == ct]
-            result[ct] = judge_thresholds(own, [], calibrate(others, negatives, other_people))
+            result[ct] = judge_thresholds(own, shown, calibrate(others, elsewhere, other_people))
     return result
+
+
+def _parted(records: Sequence[Mapping[str, Any]], mine: Callable[[Mapping[str, Any]], bool]) -> tuple[list, list]:
+    """Records for which `mine` holds, and the others."""
+    return [r for r in records if mine(r)], [r for r in records if not mine(r)]

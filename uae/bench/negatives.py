@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from uae.bench.data import VALIDATION_CTS, DataFolder, find_data
-from uae.bench.embedding import match_records, pair_score_of, write_json
+from uae.bench.embedding import match_records, pair_score_of
 from uae.bench.parts import along_body
 from uae.embedding import embed
 from uae.errors import InputError
@@ -40,12 +40,16 @@ QUERIES = 30
 
 @dataclass(frozen=True)
 class NegativePair:
-    """Two scans that share nothing (NO_OVERLAP: must be refused) or belong to two people (must not be accepted)."""
+    """Two scans that share nothing (NO_OVERLAP: must be refused) or are of two people (must not be accepted).
+
+    `cts` are the validation CTs that it shows.
+    """
 
     name: str
     kind: str
     fixed: Volume
     moving: Volume
+    cts: tuple[str, ...] = ()
 
 
 def negative_pairs(data: DataFolder, per_kind: int = 4, modality: str = "mr") -> Iterator[NegativePair]:
@@ -57,17 +61,18 @@ def negative_pairs(data: DataFolder, per_kind: int = 4, modality: str = "mr") ->
         modality: of the second scans; with "ct" other people are phantoms instead of the real MR scans.
     """
     abdomen, chest = data.ct(ABDOMEN), data.ct(CHEST)
+    both, one = VALIDATION_CTS, (ABDOMEN,)
     pelvis, upper = along_body(abdomen, 0.0, 0.45), along_body(abdomen, 0.55, 1.0)
-    yield NegativePair("chest CT / lower half of another person's abdomen CT", NO_OVERLAP, chest, pelvis)
-    yield NegativePair("lower half of an abdomen CT / another person's chest CT", NO_OVERLAP, pelvis, chest)
-    yield NegativePair("upper / lower part of one CT", NO_OVERLAP, upper, pelvis)
+    yield NegativePair("chest CT / lower half of another person's abdomen CT", NO_OVERLAP, chest, pelvis, both)
+    yield NegativePair("lower half of an abdomen CT / another person's chest CT", NO_OVERLAP, pelvis, chest, both)
+    yield NegativePair("upper / lower part of one CT", NO_OVERLAP, upper, pelvis, one)
     for set_name in SETS_USED:
         for index in range(per_kind):
             seed = SEED_OFFSET + index
             of_pelvis, of_chest = (simulate_scan(ct, seed, set_name, modality).moving for ct in (pelvis, chest))
-            yield NegativePair(f"chest CT / {set_name} {seed} of the pelvis", NO_OVERLAP, chest, of_pelvis)
-            yield NegativePair(f"pelvis CT / {set_name} {seed} of another chest", NO_OVERLAP, pelvis, of_chest)
-            yield NegativePair(f"upper part of a CT / {set_name} {seed} of its lower", NO_OVERLAP, upper, of_pelvis)
+            yield NegativePair(f"chest CT / {set_name} {seed} of the pelvis", NO_OVERLAP, chest, of_pelvis, both)
+            yield NegativePair(f"pelvis CT / {set_name} {seed} of another chest", NO_OVERLAP, pelvis, of_chest, both)
+            yield NegativePair(f"upper part of one / {set_name} {seed} of its lower", NO_OVERLAP, upper, of_pelvis, one)
     for index in range(per_kind):
         seed = VALIDATION_SEEDS[0] + 2 * index
         top = make_phantom(seed, mr=False, part="chest").ct
@@ -81,7 +86,7 @@ def negative_pairs(data: DataFolder, per_kind: int = 4, modality: str = "mr") ->
         return
     for name in VALIDATION_MRS:
         yield NegativePair(
-            f"abdomen CT / {name}", OTHER_SUBJECT, abdomen, data.volume(f"{name}/mr.nii.gz", "mr")
+            f"abdomen CT / {name}", OTHER_SUBJECT, abdomen, data.volume(f"{name}/mr.nii.gz", "mr"), one
         )
 
 
@@ -94,9 +99,10 @@ def run_negatives(
     model: Model,
     data_dir: str | Path | None = None,
     per_kind: int = 4,
-    json_path: str | Path | None = None,
+    save: Callable[[list[dict[str, Any]]], None] | None = None,
     device: str = "auto",
     modality: str = "mr",
+    earlier: Sequence[Mapping[str, Any]] = (),
     progress: Progress | None = None,
     cancel: Cancel | None = None,
 ) -> list[dict[str, Any]]:
@@ -106,24 +112,29 @@ def run_negatives(
         model: the weights.
         data_dir: folder of the real volumes.
         per_kind: see `negative_pairs`.
-        json_path: all records, written after every pair.
+        save: given all records after every pair.
         device: as in `embed`.
         modality: see `negative_pairs`.
+        earlier: records of the same model and modality, which are not measured again.
         progress: told the share of pairs done, stage "negatives".
         cancel: asked between and within pairs.
 
     Returns:
-        Records {name, kind, registration: {verdict, features, ...}, fixed_point, guided}; a match's error_mm is None.
+        Records {name, kind, cts, registration: {verdict, features, ...}, fixed_point, guided}; error_mm None.
 
     Raises:
         InputError: no data.
         CancelledError: the user stopped.
     """
+    known = {record["name"]: dict(record) for record in earlier}
     records: list[dict[str, Any]] = []
     total = 3 + 6 * per_kind + per_kind + (per_kind if modality == "ct" else len(VALIDATION_MRS))
     for pair in negative_pairs(find_data(data_dir), per_kind, modality):
         check_cancel(cancel)
         report(progress, "negatives", len(records) / total)
+        if pair.name in known:
+            records.append(known[pair.name])
+            continue
         fixed, moving = (embed(scan, model, device=device, cancel=cancel) for scan in (pair.fixed, pair.moving))
         try:
             relation = relate(pair.fixed, pair.moving, fixed, moving, model, device, cancel=cancel)
@@ -142,14 +153,14 @@ def run_negatives(
                 pair_score_of(model, "guided"), cancel=cancel,
             )
         records.append(plain({
-            "name": pair.name, "kind": pair.kind, "fixed_point": free, "guided": guided,
+            "name": pair.name, "kind": pair.kind, "cts": pair.cts, "fixed_point": free, "guided": guided,
             "registration": {
                 "verdict": found.verdict, "reason": found.reason, "queried": found.queried, "mutual": found.mutual,
                 "inliers": found.inliers, "features": found.features,
             },
         }))
-        if json_path is not None:
-            write_json(json_path, {"negatives": records})
+        if save is not None:
+            save(records)
         logger.info("%s: %s, %d of %d mutual", pair.name, found.verdict, found.inliers, found.mutual)
     report(progress, "negatives", 1.0)
     return records

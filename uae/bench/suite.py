@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from uae.bench.embedding import BenchOptions, read_result, run_embedding_bench, write_json
 from uae.bench.inter_subject import INTER_SUBJECT
-from uae.bench.organs import ORGANS
+from uae.bench.organs import ORGANS, VALIDATION_ORGANS
 from uae.bench.real_inter_subject import REAL_INTER_SUBJECT
 from uae.bench.real_mr import REAL_MR
 from uae.bench.reliability import plot_reliability, reliability
@@ -23,13 +23,17 @@ if TYPE_CHECKING:
 
 SIMULATED = "simulated"
 STUDIES: dict[str, Study] = {
-    study.name: study for study in (INTER_SUBJECT, REAL_INTER_SUBJECT, SIDES_STUDY, ORGANS, REAL_MR)
+    study.name: study
+    for study in (INTER_SUBJECT, REAL_INTER_SUBJECT, SIDES_STUDY, VALIDATION_ORGANS, ORGANS, REAL_MR)
 }
 VALIDATION = (SIMULATED, INTER_SUBJECT.name, REAL_INTER_SUBJECT.name)
 """What is measured where nothing is asked for."""
 TEST = tuple(study.name for study in STUDIES.values() if study.test)
 NAMES = (SIMULATED, *STUDIES)
-KEEP = (*(name for name, study in STUDIES.items() if not study.test), "test", "reliability")
+NEGATIVES = "negatives"
+OF_CTS = (SIMULATED, INTER_SUBJECT.name, VALIDATION_ORGANS.name)
+"""Studies that may stand beside simulated CTs: the others are of simulated MR or choose nothing."""
+KEEP = (*(name for name, study in STUDIES.items() if not study.test), "test", "reliability", NEGATIVES)
 
 
 def choose_studies(only: Sequence[str] = (), sides: bool = False, report_test: bool = False) -> tuple[str, ...]:
@@ -93,8 +97,8 @@ def run_suite(
     if unknown:
         raise InputError(f"unknown study {unknown[0]!r}; choose from {', '.join(NAMES)}")
     options = options or BenchOptions()
-    if options.moving != "mr" and any(name != SIMULATED for name in studies):
-        raise InputError("simulated CTs are for the study simulated alone; add --only simulated, and another --json")
+    if options.moving != "mr" and any(name not in OF_CTS for name in studies):
+        raise InputError(f"simulated CTs go with {', '.join(OF_CTS)}; add --only, and another --json")
     path = None if json_path is None else Path(json_path)
     earlier = read_result(path)
     if earlier.get("meta", {}).get("model_sha256") != model.sha256:

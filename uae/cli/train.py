@@ -22,6 +22,7 @@ TRAIN_EXAMPLE = """\
 BENCH_EXAMPLE = """\
   UAE_DATA=/data/uae uae bench embedding --quick --json build/bench/embedding.json
   UAE_DATA=/data/uae uae bench embedding --only sides --sides 0,3,5,7 --json build/bench/sides.json
+  UAE_DATA=/data/uae uae bench calibrate --model runs/m0/model.pt --json calibration.json --calibrated runs/m0/own.pt
   uae bench match --json build/bench/match.json
   UAE_DATA=/data/uae uae bench deeds --json build/bench/deeds.json"""
 
@@ -60,13 +61,14 @@ def add_commands(commands: argparse._SubParsersAction) -> None:
         "bench",
         "Measure on data with known truth and write the figures as JSON. embedding: accuracy on real volumes, found "
         "through UAE_DATA or --data, and on phantoms of other people; test subjects are only reported where "
-        "--report-test asks for it; a reliability picture is written beside the JSON. match: seconds "
+        "--report-test asks for it; a reliability picture is written beside the JSON. calibrate: measure "
+        "your own model and store the limits of its verdicts and of `confident` in a copy of it. match: seconds "
         "from a click to its answers, through the worker, on a phantom pair of whole torsos. deeds: accuracy, time and "
         f"memory of the deformable solver on pairs with known deformations. {bench_public.HELP}",
         f"{BENCH_EXAMPLE}\n{bench_public.EXAMPLE}",
     )
     bench.set_defaults(run=run_bench)
-    names = ("embedding", "match", "deeds", *bench_public.NAMES)
+    names = ("embedding", "calibrate", "match", "deeds", *bench_public.NAMES)
     bench.add_argument("name", choices=names, metavar="NAME", help=", ".join(names))
     bench.add_argument("--quick", action="store_true", help="fewer cases")
     bench.add_argument("--report-test", action="store_true", help="also report the test subjects")
@@ -82,7 +84,7 @@ def add_commands(commands: argparse._SubParsersAction) -> None:
         "--report-test organs, real_mr (default: the first three, sides where --sides is given, the last two where "
         "--report-test is); all: only these rows, by name or its beginning, or with *",
     )
-    embedding = bench.add_argument_group("embedding only")
+    embedding = bench.add_argument_group("embedding, calibrate")
     embedding.add_argument(
         "--sides",
         type=_sides,
@@ -93,6 +95,7 @@ def add_commands(commands: argparse._SubParsersAction) -> None:
     embedding.add_argument(
         "--moving", choices=("mr", "ct"), default="mr", help="what the simulated scans are (default: mr)"
     )
+    embedding.add_argument("--calibrated", metavar="F.pt", help="calibrate: where the copy with the limits goes")
     solver = bench.add_argument_group("deeds only")
     solver.add_argument("--deedsbcv", metavar="DIR", help="also run the original: the folder of a built deedsBCV")
     solver.add_argument("--pairs", type=names_of, default=[], metavar="A,B", help="only these pairs")
@@ -157,12 +160,12 @@ def run_bench(arguments: argparse.Namespace, session: Session) -> int:
     output = check_writable(arguments.json, suffixes=(".json",))
     if arguments.name != "embedding" and arguments.report_test:
         raise InputError(f"`bench {arguments.name}` has no test subjects to report; leave out --report-test")
-    runs = {"match": _bench_match, "deeds": _bench_deeds, "all": bench_public.run_all}
+    runs = {"match": _bench_match, "calibrate": _bench_calibrate, "deeds": _bench_deeds, "all": bench_public.run_all}
     runs |= dict.fromkeys(("landmarks", "lesions", "registration"), bench_public.run_dataset)
     run = runs.get(arguments.name, _bench_embedding)
     result = run(arguments, session, output)
     for name, figures in result.items():
-        if name in ("meta", "cases", "pairs", "reliability"):
+        if name in ("meta", "cases", "pairs", "reliability", "negatives", "thresholds"):
             continue
         if not isinstance(figures, dict):
             _say_figures(session, {name: figures}, "")
@@ -192,6 +195,28 @@ def _bench_match(arguments: argparse.Namespace, session: Session, output: Path) 
         options += [option, str(value)] if value else []
     options += ["--no-cache"] if arguments.no_cache else []
     return run_match_bench(options, arguments.quick, output, session.progress)
+
+
+def _bench_calibrate(arguments: argparse.Namespace, session: Session, output: Path) -> dict[str, Any]:
+    from uae.bench.calibration import run_calibration
+    from uae.bench.data import find_data
+    from uae.models import load_model
+
+    target = check_writable(arguments.calibrated, suffixes=(".pt",)) if arguments.calibrated else None
+    find_data(arguments.data)
+    result = run_calibration(
+        load_model(arguments.model or "uae-m"),
+        output,
+        target,
+        data_dir=arguments.data,
+        quick=arguments.quick,
+        moving=arguments.moving,
+        device=arguments.device,
+        progress=session.progress,
+    )
+    if target is not None:
+        session.say(f"written: {target}")
+    return result
 
 
 def _sides(text: str) -> list[int]:
