@@ -2,6 +2,7 @@
 
     python Docs/models/make_figures.py curve RUN/log.jsonl Docs/models/uae-m_curve.png
     UAE_DATA=... python Docs/models/make_figures.py cases uae-m mr ct_mij_abdpelvis:hard:1003,... Docs/models/x.png
+    UAE_DATA=... python Docs/models/make_figures.py matches uae-s ct ct_lidc0001_chest:hard:2001,... Docs/models/y.png
 
 A case stands in the JSON of `uae bench embedding`: its CT, set and seed.
 """
@@ -18,10 +19,12 @@ import numpy as np
 from matplotlib.figure import Figure
 
 from uae.bench.data import find_data
-from uae.bench.metrics import transform_tre
+from uae.bench.embedding import case_points
+from uae.bench.metrics import MATCH_LIMIT_MM, transform_tre
 from uae.bench.parts import PARTIAL, PARTIAL_FROM, partial_pair
 from uae.embedding import embed
 from uae.files import atomic_path
+from uae.matching import limits_for, match_points
 from uae.models import load_model
 from uae.registration.relate import relate
 from uae.report import CT_WINDOW_HU
@@ -31,6 +34,7 @@ from uae.volume import Geometry, Volume, resample
 logger = logging.getLogger(__name__)
 
 SMOOTHED_STEPS = 50
+MATCHES = 60
 FIGURES = {"joint": "appearance, both heads", "semantic": "semantic", "excess": "semantic, above log n"}
 
 
@@ -87,6 +91,38 @@ def cases(model_name: str, modality: str, names: Sequence[str], output: Path) ->
     save(figure, output)
 
 
+def matches(model_name: str, modality: str, names: Sequence[str], output: Path) -> None:
+    """One panel a case: free fixed-point matches on a coronal mean of the CT, lines from true to found places."""
+    model, data = load_model(model_name), find_data(None)
+    figure = Figure(figsize=(4.4 * len(names), 3.1), layout="constrained")
+    for axis, name in zip(figure.subplots(1, len(names), squeeze=False)[0], names, strict=True):
+        subject, set_name, seed = name.split(":")
+        pair = simulate_scan(data.ct(subject), int(seed), set_name, modality)
+        fixed, moving = (embed(scan, model, cache=False) for scan in (pair.fixed, pair.moving))
+        points, truth = case_points(pair, MATCHES)
+        found = match_points(moving, fixed, points, method="fixed-point", limits=limits_for(
+            model.thresholds.get("match"), "fixed-point"))  # fmt: skip
+        places = np.array([match.point_mm for match in found])
+        errors = np.linalg.norm(places - truth, axis=1)
+        sure = np.array([match.confident for match in found])
+        grid = _square_pixels(pair.fixed.geometry)
+        shown = np.clip(resample(pair.fixed, grid).array, *CT_WINDOW_HU).mean(axis=1)
+        axis.imshow(shown, cmap="gray", origin="lower")
+        first, last = (grid.mm_to_index(place)[:, [0, 2]] for place in (truth, places))
+        wrong = errors > MATCH_LIMIT_MM
+        for which, colour in ((~wrong, "limegreen"), (wrong & ~sure, "orange"), (wrong & sure, "red")):
+            for a, b in zip(first[which], last[which], strict=True):
+                axis.plot(*np.stack([a, b]).T, color=colour, linewidth=0.8)
+            axis.plot(*last[which].T, ".", color=colour, markersize=5)
+        axis.set_title(
+            f"{set_name} {seed}: {wrong.sum()} of {len(found)} over 10 mm\n"
+            f"{sure.sum()} confident, {(wrong & sure).sum()} of them over 10 mm", fontsize=9,
+        )  # fmt: skip
+        axis.axis("off")
+        logger.info("%s: median %.1f mm", name, np.median(errors))
+    save(figure, output)
+
+
 def _square_pixels(grid: Geometry) -> Geometry:
     """The grid's box with cubic voxels, so that a slice keeps its shape."""
     step = float(grid.spacing.min())
@@ -100,4 +136,5 @@ if __name__ == "__main__":
     if sys.argv[1] == "curve":
         curve(Path(sys.argv[2]), Path(sys.argv[3]))
     else:
-        cases(sys.argv[2], sys.argv[3], sys.argv[4].split(","), Path(sys.argv[5]))
+        draw = {"cases": cases, "matches": matches}[sys.argv[1]]
+        draw(sys.argv[2], sys.argv[3], sys.argv[4].split(","), Path(sys.argv[5]))
