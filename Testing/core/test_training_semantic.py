@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import shutil
 
 import numpy as np
 import pytest
@@ -11,7 +12,7 @@ from training_parts import small_config, small_task, tissue_block
 
 from uae.errors import InputError
 from uae.geometry import Geometry
-from uae.training import loop
+from uae.training import case_cache, loop
 from uae.training.data import load_subjects
 from uae.training.labels import ClassTable, phantom_classes, totalsegmentator_case, totalsegmentator_cases
 from uae.training.prototypes import LabelledCells, prototype_loss
@@ -109,9 +110,38 @@ def test_totalsegmentator_layout_is_read_by_name_and_split(totalsegmentator):
     assert set(np.unique(labels.array)) == {0, table.number("spleen")}
 
 
-def test_totalsegmentator_mask_of_another_size_is_refused(totalsegmentator, tmp_path):
-    import shutil
+def test_totalsegmentator_cases_are_read_once(totalsegmentator, tmp_path, monkeypatch):
+    case = tmp_path / "s0000"
+    shutil.copytree(totalsegmentator / "s0000", case)
+    monkeypatch.setenv("UAE_CACHE", str(tmp_path / "cache" / "embeddings"))
+    read = []
 
+    def counted(folder, table):
+        read.append(folder)
+        return totalsegmentator_case(folder, table)
+
+    monkeypatch.setattr(case_cache, "totalsegmentator_case", counted)
+    table, other = ClassTable(), ClassTable()
+    other.number("sternum")
+    first, second = case_cache.load_case(case, table), case_cache.load_case(case, other)
+    assert len(read) == 1
+    ct, classes, annotated = totalsegmentator_case(case, ClassTable())
+    truth = subject_from_volume("s0000", ct, classes=classes, annotated=annotated)
+    assert float((first.image - truth.image).abs().max()) <= 0.5 and torch.equal(first.image, second.image)
+    assert (first.mask == truth.mask).all() and (first.body_cells == truth.body_cells).all()
+    for subject, names in ((first, table.names), (second, other.names)):
+        assert {names[number] for number in subject.annotated} == {"aorta", "liver", "spleen"}
+        for number, name in enumerate(("aorta", "liver", "spleen"), start=1):
+            assert {names[n] for n in np.unique(subject.classes[truth.classes == number])} == {name}
+        assert ((subject.classes > 0) == (truth.classes > 0)).all()
+    (case / "segmentations" / "aorta.nii.gz").unlink()
+    assert len(case_cache.load_case(case, ClassTable()).annotated) == 2 and len(read) == 2
+    for file in case_cache.case_folder().glob("*.npz"):
+        file.write_bytes(file.read_bytes()[:1000])
+    assert len(case_cache.load_case(case, ClassTable()).annotated) == 2 and len(read) == 3
+
+
+def test_totalsegmentator_mask_of_another_size_is_refused(totalsegmentator, tmp_path):
     case = tmp_path / "s0000"
     shutil.copytree(totalsegmentator / "s0000", case)
     small = Volume(np.ones((4, 4, 4), np.uint8), Geometry((4, 4, 4), np.ones(3), np.zeros(3), np.eye(3)))

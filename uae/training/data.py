@@ -13,12 +13,12 @@ from uae.bench.data import HELD_BACK
 from uae.errors import InputError
 from uae.preprocess import network_geometry
 from uae.progress import Cancel, Progress, check_cancel, report
+from uae.training.case_cache import load_case
 from uae.training.frames import CanonicalFrame
 from uae.training.labels import (
     ClassTable,
     label_map_classes,
     phantom_classes,
-    totalsegmentator_case,
     totalsegmentator_cases,
 )
 from uae.training.regions import superpixels
@@ -84,8 +84,7 @@ def load_subjects(
         logger.info("%s: %s voxels at 2 mm", entry["file"], tuple(subjects[-1].image.shape[2:]))
     for case in cases:
         step("loading volumes")
-        ct, classes, annotated = totalsegmentator_case(case, table)
-        subjects.append(subject_from_volume(case.name, ct, classes=classes, annotated=annotated))
+        subjects.append(load_case(case, table))
     for seed in range(first, last):
         step("making phantoms")
         weight = float(data.get("phantom_weight", 1.0))
