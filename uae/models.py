@@ -136,7 +136,7 @@ def verify_models() -> list[dict[str, Any]]:
 
 def default_model(modality_a: str | None, modality_b: str | None) -> str:
     """Name of the model for a pair of modalities: `uae-s` for CT with CT where it is there, else `uae-m`."""
-    if modality_a == modality_b == "ct" and any(entry.name == "uae-s" for entry in registered()):
+    if modality_a == modality_b == "ct" and any(e.name == "uae-s" and e.path.is_file() for e in registered()):
         return "uae-s"
     return "uae-m"
 

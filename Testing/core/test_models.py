@@ -242,6 +242,8 @@ def test_default_model_by_modalities(own_model_folder):
     register_model(make(own_model_folder, name="uae-s")[0])
     assert default_model("ct", "ct") == "uae-s"
     assert default_model("ct", "mr") == default_model("mr", "ct") == default_model("mr", "mr") == "uae-m"
+    (own_model_folder / "uae-s.pt").unlink()  # listed, and not there: the user's folder hides what ships
+    assert default_model("ct", "ct") == "uae-m"
 
 
 def test_model_file_holds_no_code(own_model_folder):

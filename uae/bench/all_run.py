@@ -217,10 +217,10 @@ def _earlier_rows(path: Path | None, meta: Mapping[str, Any]) -> dict[str, dict[
 
 
 def code_sha256() -> str:
-    """Hash of what decides our results: the package without benchmarks and command line."""
+    """Hash of what decides our results: the package without benchmarks, command line and training."""
     root, found = Path(uae.__file__).parent, hashlib.sha256()
     for path in sorted(root.rglob("*.py")):
-        if path.relative_to(root).parts[0] not in ("bench", "cli"):
+        if path.relative_to(root).parts[0] not in ("bench", "cli", "training"):
             found.update(path.read_bytes())
     return found.hexdigest()
 

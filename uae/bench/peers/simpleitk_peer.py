@@ -10,7 +10,7 @@ from uae.bench.peers.starts import matrix_of_points, probe_points
 
 SETTINGS = {
     "metric": "Mattes mutual information, 32 bins: fewer blur soft tissues, more starve a small scan's histogram",
-    "sampling": "20 % of the reference's voxels at random at the finest level, as our own refinement; 5 and 10 % at "
+    "sampling": "20 % of the reference's voxels at random at the finest level; 5 and 10 % at "
     "the smoothed ones, whose voxels repeat each other; fixed seed",
     "optimiser": "regular step gradient descent from 2 mm down to 0.01 mm, halved at each turn, 200 steps a level; "
     "scaled so that a step is a movement in millimetres",
