@@ -5,6 +5,7 @@ from __future__ import annotations
 import numpy as np
 
 from uae.bench.peers.job import Job, Outcome, Scan
+from uae.bench.peers.sampling import isotropic, sampled
 
 SETTINGS = {
     "settings": "the package's defaults (mind_r 1, mind_d 2, lambda 1.25, grid_sp 6, disp_hw 4, 80 Adam iterations, "
@@ -15,7 +16,6 @@ SETTINGS = {
     "linear part": "none: it knows no rigid registration, so far starts are beyond it",
     "starts": "middles of the boxes and centres of mass, the better",
 }
-SPACING_MM = 2.0
 SMOOTH = 3
 
 
@@ -42,23 +42,3 @@ def register(job: Job, other: Scan) -> Outcome:
     # Voxels along the array's axes z, y, x, from a fixed voxel to its place in the moving image.
     millimetres = (np.asarray(found, dtype=np.float64)[..., ::-1] * grid.spacing) @ grid.direction.T
     return Outcome(np.eye(4), millimetres.astype(np.float32), grid)
-
-
-def isotropic(scan: Scan) -> Scan:
-    """The grid of SPACING_MM over a scan's box along its own axes (its array is empty memory)."""
-    extent = scan.size * scan.spacing
-    size = np.maximum(np.rint(extent / SPACING_MM).astype(int), 1)
-    first = scan.to_mm((((extent - (size - 1) * SPACING_MM) / 2) / scan.spacing - 0.5)[None])[0]
-    return Scan(np.zeros(size[::-1], np.float32), np.full(3, SPACING_MM), first, scan.direction)
-
-
-def sampled(scan: Scan, grid: Scan) -> np.ndarray:
-    """Values (z, y, x) float32 of a scan at the voxels of a grid, linear; the scan's minimum outside."""
-    from scipy import ndimage
-
-    index = scan.to_index(grid.grid_mm())[:, ::-1].T
-    values = ndimage.map_coordinates(scan.array, index, order=1, mode="nearest")
-    sizes = np.array(scan.array.shape)[:, None]
-    outside = ((index < -0.5) | (index > sizes - 0.5)).any(axis=0)
-    values[outside] = scan.array.min()
-    return values.reshape(grid.array.shape).astype(np.float32)
