@@ -17,6 +17,7 @@ from uae.json_values import plain
 from uae.models import load_model, save_model
 from uae.network import NetworkConfig, UAENet
 from uae.preprocess import InputMap
+from uae.registration.adareg import verdict_of
 from uae.simulate import SimulatedPair
 from uae.transform import Rigid
 from uae.volume import Volume
@@ -184,6 +185,7 @@ def test_calibration_stores_limits_in_a_copy_of_the_model(monkeypatch, tmp_path)
         records = [match(1.0, score=0.8 + 0.001 * i) for i in range(200)]
         pairs = [{"kind": kind, "matches": {"fixed_point_5": records}} for kind in ("ct_ct", "ct_mr")]
         assert options.moving == "ct" and sides == (0, 5)
+        assert verdict_of(BAD, model.thresholds["registration"])[0] == "accepted" and "match" not in model.thresholds
         return {"cases": [case(1.0, features=GOOD, ct=ct) for ct in "ab"], "inter_subject": {"cases": pairs}}
 
     def negatives(model, data_dir, per_kind, save, device, moving, earlier, progress, cancel):
@@ -208,6 +210,10 @@ def test_calibration_stores_limits_in_a_copy_of_the_model(monkeypatch, tmp_path)
     stored = json.loads((tmp_path / "c.json").read_text())
     assert stored["thresholds"] == found["thresholds"] and stored["judged"]["no-overlap"]["accepted"] == 0
     assert stored["cross_check"]["a"]["no-overlap"]["pairs"] == 1 and told == [[]]
+    stored["meta"] = {"model_sha256": "another"}
+    (tmp_path / "c.json").write_text(json.dumps(stored))
+    with pytest.raises(InputError, match="choose another --json"):
+        calibration.run_calibration(model, tmp_path / "c.json")
 
 
 def test_scans_smaller_than_any_case_are_outside_the_calibration():

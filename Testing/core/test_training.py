@@ -10,6 +10,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -258,6 +259,12 @@ def test_a_recipe_may_hold_settings_of_one_branch(tmp_path):
     (tmp_path / "own.toml").write_text('[branch.semantic]\n"views.rotation" = 1.0\n')
     with pytest.raises(InputError, match=r"unknown setting views\.rotation;"):
         read_config(tmp_path / "own.toml", branch="appearance")
+    (tmp_path / "own.toml").write_text('[branch.semantics]\n"views.rotation_deg" = 1.0\n')
+    with pytest.raises(InputError, match="no branch 'semantics'"):
+        read_config(tmp_path / "own.toml")
+    (tmp_path / "own.toml").write_text("[branch.semantic]\nviews.rotation_deg = 1.0\n")
+    with pytest.raises(InputError, match="with the quotes"):
+        read_config(tmp_path / "own.toml")
 
 
 @pytest.mark.parametrize(
@@ -270,7 +277,10 @@ def test_a_recipe_may_hold_settings_of_one_branch(tmp_path):
         ("optimiser.checkpoint_every=0", "1 or more"),
         ("data.phantom_seeds=[5]", "first, last"),
         ("views.scale=[1.2, 0.8]", "low, high"),
-        ("views.patch=[64, 64]", "three whole numbers"),
+        ("views.patch=[64, 64]", "three even numbers"),
+        ("views.patch=[64, 64, 65]", "three even numbers"),
+        ('crossmodal.verdicts=["acepted"]', "accepted, review"),
+        ("crossmodal.preset=nope", "after-rigid"),
         ("loss.temperature=0", "above 0"),
         ('data.volumes=[{ file = "a.nii.gz", modality = "CT" }]', "a.nii.gz has modality 'CT'"),
         ('data.volumes=[{ file = "a.nii.gz" }]', "a.nii.gz has modality None"),
@@ -282,15 +292,38 @@ def test_values_that_mean_nothing_are_refused_with_what_may_stand_there(setting,
         read_config("small", [setting])
 
 
+def test_whole_numbers_may_be_written_as_2e4():
+    steps = read_config("small", ["optimiser.steps=2e4", "views.patch=[8, 96, 96]"])["optimiser"]["steps"]
+    assert steps == 20000 and isinstance(steps, int)
+
+
 def test_only_scans_need_the_folder_of_scans(monkeypatch, tmp_path):
     monkeypatch.setenv("UAE_DATA", str(tmp_path / "none"))
     phantoms = read_config("small", ["data.volumes=[]"])
     packed = read_config("small", ["data.packed=all.npz"])
     assert data_root(phantoms, "appearance", None) == data_root(packed, "semantic", None) == Path.cwd()
+    monkeypatch.setenv("UAE_DATA", str(tmp_path))
+    assert data_root(packed, "semantic", None) == tmp_path.resolve()
+    monkeypatch.setenv("UAE_DATA", str(tmp_path / "none"))
     pairs = read_config("small", ["data.packed=all.npz", "crossmodal.simulated_pairs=1"])
     for config, branch in ((read_config("small"), "appearance"), (pairs, "crossmodal")):
         with pytest.raises(InputError, match="UAE_DATA"):
             data_root(config, branch, None)
+
+
+def test_the_budget_counts_from_the_start(monkeypatch, tmp_path):
+    class Trainer:
+        def __init__(self, *_):
+            pass
+
+        def run(self, resume, budget_minutes, progress, cancel):
+            return budget_minutes
+
+    clock = iter([100.0, 190.0])
+    monkeypatch.setattr(appearance, "time", SimpleNamespace(monotonic=lambda: next(clock)))
+    monkeypatch.setattr(appearance, "make_task", lambda *_: SimpleNamespace(distribute=lambda: None))
+    monkeypatch.setattr(appearance, "Trainer", Trainer)
+    assert appearance.train(read_config("small", ["data.volumes=[]"]), tmp_path, budget_minutes=5.0) == 3.5
 
 
 def test_missing_validation_scans_are_noticed_before_the_training(tmp_path):

@@ -3,24 +3,28 @@
 from __future__ import annotations
 
 import logging
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from uae.bench.calibrate import calibrate, cross_check, judge_thresholds
-from uae.bench.embedding import FIXED_POINTS, BenchOptions, write_json
+from uae.bench.embedding import FIXED_POINTS, SETTLED, BenchOptions, read_result, write_json
 from uae.bench.inter_subject import INTER_SUBJECT
 from uae.bench.negatives import run_negatives
 from uae.bench.study import PRODUCT_SIDE, method_name
 from uae.bench.suite import NEGATIVES, SIMULATED, run_suite
+from uae.errors import InputError
 from uae.json_values import plain
 from uae.model_files import save_model
 from uae.progress import Cancel, Progress
+from uae.registration.adareg import ACCEPTED, REVIEW
 
 if TYPE_CHECKING:
     from uae.models import Model
 
 logger = logging.getLogger(__name__)
 
+NO_LIMIT = {"inliers": {"min": 0.0}}
 NEGATIVES_PER_KIND, QUICK_NEGATIVES_PER_KIND = 2, 1
 
 
@@ -54,14 +58,18 @@ def run_calibration(
         judged on the other).
 
     Raises:
-        InputError: no data, or a result file that cannot be used.
+        InputError: no data, or the file holds measurements of something else.
         CancelledError: the user stopped; what is measured stays in the file.
     """
     points = FIXED_POINTS // (3 if quick else 2)
     options = BenchOptions(fixed_points=points, device=device, moving=moving)
+    # Guided matches are recorded as under an accepted pair: whether it is one, the new limits will say.
+    measured = replace(model, thresholds={"registration": {ACCEPTED: NO_LIMIT, REVIEW: NO_LIMIT}})
+    _check_own(json_path, measured, options)
     result = run_suite(
-        model, (SIMULATED, INTER_SUBJECT.name), data_dir, quick, (0, PRODUCT_SIDE), json_path, options, progress, cancel
-    )
+        measured, (SIMULATED, INTER_SUBJECT.name), data_dir, quick, (0, PRODUCT_SIDE), json_path, options, progress,
+        cancel,
+    )  # fmt: skip
     settings = {"model_sha256": model.sha256, "moving": moving}
     before = result.get(NEGATIVES, {})
 
@@ -70,7 +78,7 @@ def run_calibration(
         write_json(json_path, result)
 
     negatives = run_negatives(
-        model, data_dir, QUICK_NEGATIVES_PER_KIND if quick else NEGATIVES_PER_KIND, save, device, moving,
+        measured, data_dir, QUICK_NEGATIVES_PER_KIND if quick else NEGATIVES_PER_KIND, save, device, moving,
         before.get("records", ()) if before.get("meta") == settings else (), progress, cancel,
     )  # fmt: skip
     people = [
@@ -88,3 +96,12 @@ def run_calibration(
         save_model(calibrated, model.state_dict(), model.config, model.input_map, thresholds, meta)
         logger.info("limits are stored in %s", calibrated)
     return result
+
+
+def _check_own(path: Path, model: Model, options: BenchOptions) -> None:
+    """Refuse a file whose measurements would be thrown away, those of `bench embedding` among them."""
+    earlier = read_result(path)
+    meta = earlier.get("meta", {})
+    own = plain({"model_sha256": model.sha256, "options": vars(options), "thresholds": model.thresholds})
+    if earlier and any(meta.get(key) != own[key] for key in SETTLED):
+        raise InputError(f"{path} holds measurements of another model or with other settings; choose another --json")

@@ -133,7 +133,7 @@ def run_negatives(
         check_cancel(cancel)
         report(progress, "negatives", len(records) / total)
         if pair.name in known:
-            records.append(known[pair.name])
+            records.append(known.pop(pair.name))
             continue
         fixed, moving = (embed(scan, model, device=device, cancel=cancel) for scan in (pair.fixed, pair.moving))
         try:
@@ -160,7 +160,7 @@ def run_negatives(
             },
         }))
         if save is not None:
-            save(records)
+            save([*records, *known.values()])
         logger.info("%s: %s, %d of %d mutual", pair.name, found.verdict, found.inliers, found.mutual)
     report(progress, "negatives", 1.0)
     return records

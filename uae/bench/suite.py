@@ -30,6 +30,8 @@ VALIDATION = (SIMULATED, INTER_SUBJECT.name, REAL_INTER_SUBJECT.name)
 """What is measured where nothing is asked for."""
 TEST = tuple(study.name for study in STUDIES.values() if study.test)
 NAMES = (SIMULATED, *STUDIES)
+WITHOUT_SCANS = (INTER_SUBJECT.name, VALIDATION_ORGANS.name)
+"""Studies of phantoms alone."""
 NEGATIVES = "negatives"
 OF_CTS = (SIMULATED, INTER_SUBJECT.name, VALIDATION_ORGANS.name)
 """Studies that may stand beside simulated CTs: the others are of simulated MR or choose nothing."""

@@ -80,9 +80,9 @@ def add_commands(commands: argparse._SubParsersAction) -> None:
         type=names_of,
         default=[],
         metavar="A,B",
-        help="embedding: only these studies: simulated, inter_subject, real_inter_subject, sides, and with "
-        "--report-test organs, real_mr (default: the first three, sides where --sides is given, the last two where "
-        "--report-test is); all: only these rows, by name or its beginning, or with *",
+        help="embedding: only these studies: simulated, inter_subject, real_inter_subject, sides, validation_organs, "
+        "and with --report-test organs, real_mr (default: the first three, sides where --sides is given, the last two "
+        "where --report-test is); all: only these rows, by name or its beginning, or with *",
     )
     embedding = bench.add_argument_group("embedding, calibrate")
     embedding.add_argument(
@@ -160,6 +160,10 @@ def run_bench(arguments: argparse.Namespace, session: Session) -> int:
     output = check_writable(arguments.json, suffixes=(".json",))
     if arguments.name != "embedding" and arguments.report_test:
         raise InputError(f"`bench {arguments.name}` has no test subjects to report; leave out --report-test")
+    if arguments.calibrated and arguments.name != "calibrate":
+        raise InputError(f"`bench {arguments.name}` calibrates nothing; leave out --calibrated")
+    if arguments.name == "calibrate" and (arguments.only or arguments.sides is not None):
+        raise InputError("`bench calibrate` measures what it needs; leave out --only and --sides")
     runs = {"match": _bench_match, "calibrate": _bench_calibrate, "deeds": _bench_deeds, "all": bench_public.run_all}
     runs |= dict.fromkeys(("landmarks", "lesions", "registration"), bench_public.run_dataset)
     run = runs.get(arguments.name, _bench_embedding)
@@ -253,12 +257,12 @@ def _bench_embedding(arguments: argparse.Namespace, session: Session, output: Pa
     from uae.bench.data import find_data
     from uae.bench.embedding import FIXED_POINTS, BenchOptions
     from uae.bench.study import SIDES, check_sides
-    from uae.bench.suite import choose_studies, run_suite
+    from uae.bench.suite import WITHOUT_SCANS, choose_studies, run_suite
     from uae.models import load_model
 
     studies = choose_studies(arguments.only, arguments.sides is not None, arguments.report_test)
     sides = check_sides(SIDES if arguments.sides is None else arguments.sides)
-    if studies != ("inter_subject",):
+    if not set(studies) <= set(WITHOUT_SCANS):
         find_data(arguments.data)  # before the model is loaded: this is what is missing most often
     points = FIXED_POINTS // 3 if arguments.quick else FIXED_POINTS
     return run_suite(

@@ -222,7 +222,8 @@ def train(
     folder = data_root(config, branch, root)
     config["device"] = distributed.join(config.get("device", "auto"))
     try:
-        distributed.own_share(range(config["views"]["pairs_per_step"]))
+        if branch != "semantic" or config["semantic"]["probability"] < 1:
+            distributed.own_share(range(config["views"]["pairs_per_step"]))
         torch.manual_seed(int(config["optimiser"]["seed"]))
         task = make_task(branch, config, folder, Path(output), progress, cancel)
         task.distribute()
@@ -235,7 +236,7 @@ def train(
 
 
 def data_root(config: dict[str, Any], branch: str, root: str | Path | None) -> Path:
-    """Folder of the training data; where no scan is asked for (phantoms, packed volumes), none has to exist.
+    """Folder of the training data; where no scan is asked for (phantoms, packed volumes), it need not exist.
 
     Raises:
         InputError: there is no such folder.
@@ -245,7 +246,10 @@ def data_root(config: dict[str, Any], branch: str, root: str | Path | None) -> P
     made = branch == "crossmodal" and config["crossmodal"]["simulated_pairs"]
     if root is not None or scans or data["totalsegmentator"] or made:
         return find_data(root).root
-    return Path.cwd()
+    try:
+        return find_data().root
+    except InputError:
+        return Path.cwd()
 
 
 def make_task(

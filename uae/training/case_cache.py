@@ -6,6 +6,7 @@ import hashlib
 import json
 import logging
 import zipfile
+import zlib
 from pathlib import Path
 
 import numpy as np
@@ -72,7 +73,7 @@ def _read(path: Path) -> dict[str, np.ndarray] | None:
     try:
         with np.load(path) as stored:
             return {name: stored[name] for name in ("image", "mask", "classes", "names")}
-    except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile) as error:
+    except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile, zlib.error) as error:
         logger.warning("%s is damaged and is made again: %s", path, error)
         return None
 

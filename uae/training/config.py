@@ -14,10 +14,14 @@ from uae.training.settings import SETTINGS
 
 CONFIG_FOLDER = Path(__file__).parent / "configs"
 SHIPPED = ("small", "paper", "released")
+HOW_BY_BRANCH = (
+    'the training configuration: write [branch.semantic] and below it "table.key" = value, with the quotes'
+)
 TABLES = tuple(dict.fromkeys(name.split(".")[0] for name in SETTINGS))
 TOP = ("device", "threads")
 BRANCH = "branch"
 """Table of settings by branch: [branch.semantic] "views.rotation_deg" = 0.0."""
+BRANCHES = ("appearance", "semantic", "crossmodal")
 
 
 def _toml(text: str) -> dict[str, Any]:
@@ -34,7 +38,7 @@ def shipped(name: str) -> dict[str, Any]:
     return _toml((CONFIG_FOLDER / f"{name}.toml").read_text(encoding="utf-8"))
 
 
-def read_config(path: str | Path, settings: list[str] | None = None, branch: str = "") -> dict[str, Any]:
+def read_config(path: str | Path, settings: list[str] | None = None, branch: str = "appearance") -> dict[str, Any]:
     """Read a training configuration and override single values.
 
     Args:
@@ -84,14 +88,26 @@ def _override(config: dict[str, Any], setting: str) -> None:
 def _put(config: dict[str, Any], key: str, value: Any) -> None:
     table, name = key.split(".")
     _check_kind(key, value)
-    config[table][name] = value
+    config[table][name] = _as_meant(key, value)
+
+
+def _as_meant(key: str, value: Any) -> Any:
+    """2e4 is the number 20000 where a whole number is meant."""
+    table, name = key.split(".")
+    whole = isinstance(shipped("small")[table][name], int) and isinstance(value, float) and value.is_integer()
+    return int(value) if whole else value
 
 
 def _of_branch(tables: Any, branch: str) -> dict[str, Any]:
     """Settings {full name: value} of a branch; all branches' names are checked."""
     if not isinstance(tables, dict) or not all(isinstance(own, dict) for own in tables.values()):
-        raise InputError('the training configuration: write [branch.semantic] and below it "table.key" = value')
+        raise InputError(HOW_BY_BRANCH)
+    wrong = [name for name in tables if name not in BRANCHES]
+    if wrong:
+        raise InputError(f"the training configuration: no branch {wrong[0]!r}; choose from {', '.join(BRANCHES)}")
     unknown = [key for own in tables.values() for key in own if key not in SETTINGS]
+    if unknown and unknown[0] in TABLES:
+        raise InputError(HOW_BY_BRANCH)
     if unknown:
         raise InputError(f"the training configuration holds the unknown setting {unknown[0]}; see uae train --help")
     return tables.get(branch, {})
@@ -109,7 +125,7 @@ def _check_kind(key: str, value: Any) -> None:
         raise InputError(f"{key} = {value!r}: a {type(expected).__name__} is needed, such as {expected!r}")
 
 
-def complete(config: dict[str, Any], branch: str = "") -> dict[str, Any]:
+def complete(config: dict[str, Any], branch: str = "appearance") -> dict[str, Any]:
     """A configuration with every setting; what it leaves out is taken from small.toml.
 
     What its table [branch.<branch>] holds takes the place of what it holds for all branches.
@@ -131,7 +147,7 @@ def complete(config: dict[str, Any], branch: str = "") -> dict[str, Any]:
             if key not in SETTINGS:
                 raise InputError(f"the training configuration holds the unknown setting {key}; see uae train --help")
             _check_kind(key, value)
-            result[table][name] = value
+            result[table][name] = _as_meant(key, value)
     for key, value in _of_branch(config.get(BRANCH, {}), branch).items():
         _put(result, key, value)
     check_values(result)

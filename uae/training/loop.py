@@ -25,6 +25,8 @@ from uae.training.record import Record
 logger = logging.getLogger(__name__)
 
 MAX_SKIPPED = 20
+DATA_FORMAT = 2
+"""Of what is made for a run: 1 until 0.2 (pairs numbered, labelled cases not rounded)."""
 MODEL, BEST_MODEL = "model.pt", "model-best.pt"
 
 Validate = Callable[[Path], dict[str, float]]
@@ -96,6 +98,7 @@ class Trainer:
             "branch": self.branch,
             "config": self.config,
             "processes": distributed.world(),
+            "data_format": DATA_FORMAT,
             "best_score": self.best_score,
             "skipped": self.skipped,
         }
@@ -112,6 +115,11 @@ class Trainer:
         if state.get("branch", self.branch) != self.branch:
             raise InputError(f"{path}: a run of `train {state['branch']}`; resume it with that command")
         check_settings(path, state.get("config"), self.config, self.explicit)
+        if state.get("data_format", 1) != DATA_FORMAT and self.branch != "appearance":
+            logger.warning(
+                "%s: begun by an earlier version, which made pairs and read labelled cases in another way; pairs are "
+                "registered again, and the losses will not be those of an uninterrupted run", path,
+            )  # fmt: skip
         if state.get("processes", distributed.world()) != distributed.world():
             logger.warning("the run had %d processes and now has %d", state["processes"], distributed.world())
         self.network.load_state_dict(state["network"])

@@ -244,7 +244,8 @@ def _merged(folder: Path, jobs: list[dict[str, Any]]) -> list[Row]:
     distributed.barrier()
     if distributed.rank() == 0 and distributed.world() > 1:
         write_table(folder / TABLE, ordered)
-        for table in tables:
+    if distributed.rank() == 0:
+        for table in folder.glob(f".*.{TABLE}"):
             table.unlink(missing_ok=True)
     distributed.barrier()
     return ordered

@@ -5,7 +5,9 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from typing import Any
 
+from uae.deeds.presets import PRESETS
 from uae.errors import InputError
+from uae.registration.adareg import ACCEPTED, REVIEW
 
 WORDS: dict[str, tuple[str, ...]] = {
     "network.kind": ("light", "paper"),
@@ -17,6 +19,7 @@ WORDS: dict[str, tuple[str, ...]] = {
     "optimiser.schedule": ("cosine", "constant"),
 }
 MODALITIES = ("ct", "mr")
+VERDICTS = (ACCEPTED, REVIEW)
 EXAMPLE = '{ file = "a.nii.gz", modality = "ct" }'
 
 
@@ -25,7 +28,7 @@ def _numbers(value: Any, count: int) -> bool:
 
 
 def _whole(value: Any, count: int) -> bool:
-    return _numbers(value, count) and all(isinstance(n, int) for n in value)
+    return _numbers(value, count) and all(n == int(n) for n in value)
 
 
 def _range(value: Any) -> bool:
@@ -37,7 +40,7 @@ def _seeds(value: Any) -> bool:
 
 
 def _patch(value: Any) -> bool:
-    return _whole(value, 3) and min(value) >= 16
+    return _whole(value, 3) and min(value) >= 8 and all(n % 2 == 0 for n in value)
 
 
 def _positive(value: Any) -> bool:
@@ -45,14 +48,14 @@ def _positive(value: Any) -> bool:
 
 
 def _counts(value: Any) -> bool:
-    return isinstance(value, int) and value >= 1
+    return value == int(value) and value >= 1
 
 
 RULES: dict[str, tuple[Callable[[Any], bool], str]] = {
     "data.phantom_seeds": (_seeds, "[first, last) with 0 <= first <= last"),
     "crossmodal.phantom_pairs": (_seeds, "[first, last) with 0 <= first <= last"),
-    "views.patch": (_patch, "three whole numbers of 16 or more: z, y, x"),
-    "semantic.patch": (lambda value: not value or _patch(value), "empty, or three whole numbers of 16 or more"),
+    "views.patch": (_patch, "three even numbers of 8 or more: z, y, x"),
+    "semantic.patch": (lambda value: not value or _patch(value), "empty, or three even numbers of 8 or more"),
     "loss.weights": (lambda value: _numbers(value, 3) and min(value) >= 0, "three numbers: joint, fine, coarse"),
     "optimiser.betas": (lambda value: _numbers(value, 2), "two numbers"),
     **dict.fromkeys(
@@ -62,14 +65,16 @@ RULES: dict[str, tuple[Callable[[Any], bool], str]] = {
     **dict.fromkeys(
         (
             "optimiser.steps", "optimiser.checkpoint_every", "views.pairs_per_step", "views.negatives_per_view",
-            "semantic.volumes_per_step", "validation.cases", "crossmodal.jobs",
+            "semantic.volumes_per_step", "validation.cases",
         ),
         (_counts, "a whole number of 1 or more"),
     ),
     **dict.fromkeys(
         ("optimiser.learning_rate", "loss.temperature", "semantic.temperature"), (_positive, "a number above 0")
     ),
-    "views.positions": (lambda value: isinstance(value, int) and value >= 2, "a whole number of 2 or more"),
+    "crossmodal.verdicts": (lambda value: value and set(value) <= set(VERDICTS), f"some of {', '.join(VERDICTS)}"),
+    "crossmodal.preset": (lambda value: value in PRESETS, f"one of {', '.join(PRESETS)}"),
+    "views.positions": (lambda value: value == int(value) and value >= 2, "a whole number of 2 or more"),
 }  # fmt: skip
 
 
